@@ -1,0 +1,149 @@
+"""The errors of cnncc, each with its exit code and the way out.
+
+    CnnccError
+    ├── CheckFailed             exit 1   a check said no
+    │   ├── ParityFailed                 the engine does not compute what the model computes
+    │   └── BudgetExceeded               a latency, size or accuracy gate was missed
+    ├── UsageError              exit 2   a flag, an argument or an output path is wrong
+    ├── EnvironmentMissing      exit 3   this machine lacks something
+    │   ├── DependencyMissing            a Python package or a tool is not installed
+    │   ├── TargetUnavailable            the target cannot be built or run here
+    │   ├── EngineMismatch               the engine was built for another machine
+    │   └── StorageFailed                the disk is full, or a folder cannot be written
+    ├── InputRefused            exit 4   a model, its weights or data were refused
+    │   ├── ModelRefused
+    │   │   ├── UnsupportedGraph         nodes that a target cannot build, all of them
+    │   │   └── WeightsRefused
+    │   ├── DataRefused
+    │   └── BundleRefused                damaged, hostile, or not a bundle
+    ├── ToolchainFailed         exit 5   an exporter, a compiler or an engine broke
+    │   ├── ExportFailed
+    │   ├── BuildFailed
+    │   └── RunFailed
+    └── Interrupted             exit 130 Ctrl-C
+
+An error says what was wrong (``message``), where (``where``: PyTorch modules, ONNX nodes, files) and
+what to do next (``hint``). One class, one exit code; `cnncc.cli` renders them and adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class CnnccError(Exception):
+    """Base of every error that cnncc raises on purpose.
+
+    Args:
+        message: What was wrong, in one sentence, in the user's terms.
+        where: Places the error is about: module paths, node names, files.
+        hint: What to do next.
+    """
+
+    exit_code: ClassVar[int] = 5
+
+    def __init__(self, message: str, *, where: Iterable[str] = (), hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = tuple(where)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the message, the places and the hint, a line each."""
+        lines = [self.message, *(f"  at {place}" for place in self.where)]
+        if self.hint:
+            lines.append(f"  try: {self.hint}")
+        return "\n".join(lines)
+
+
+class CheckFailed(CnnccError):
+    """A check that the user asked for, or that every build makes, said no."""
+
+    exit_code = 1
+
+
+class ParityFailed(CheckFailed):
+    """The engine's outputs lie outside the tolerance derived for the model."""
+
+
+class BudgetExceeded(CheckFailed):
+    """A latency, size or accuracy gate was missed."""
+
+
+class UsageError(CnnccError):
+    """A flag, an argument or an output path is wrong."""
+
+    exit_code = 2
+
+
+class EnvironmentMissing(CnnccError):
+    """This machine lacks something that the command needs."""
+
+    exit_code = 3
+
+
+class DependencyMissing(EnvironmentMissing):
+    """A Python package or a tool is not installed."""
+
+
+class TargetUnavailable(EnvironmentMissing):
+    """A target cannot be built or run on this machine."""
+
+
+class EngineMismatch(EnvironmentMissing):
+    """The engine was built for another machine; the message says for which, and what was found."""
+
+
+class StorageFailed(EnvironmentMissing):
+    """The disk is full, or a file or folder cannot be read or written."""
+
+
+class InputRefused(CnnccError):
+    """A model, its weights or data were refused."""
+
+    exit_code = 4
+
+
+class ModelRefused(InputRefused):
+    """A model file, a factory or a graph was refused."""
+
+
+class UnsupportedGraph(ModelRefused):
+    """The graph holds nodes that a target cannot build; ``where`` lists every one."""
+
+
+class WeightsRefused(ModelRefused):
+    """Weights are unsafe to load, do not fit the model, or hold NaN or Inf."""
+
+
+class DataRefused(InputRefused):
+    """An input array, image or data set was refused."""
+
+
+class BundleRefused(InputRefused):
+    """A bundle is damaged, hostile, of an unknown schema, or not a bundle."""
+
+
+class ToolchainFailed(CnnccError):
+    """An exporter, a compiler or an engine broke."""
+
+    exit_code = 5
+
+
+class ExportFailed(ToolchainFailed):
+    """PyTorch could not export the module to ONNX."""
+
+
+class BuildFailed(ToolchainFailed):
+    """A target's compiler or linker failed."""
+
+
+class RunFailed(ToolchainFailed):
+    """An engine failed while it ran."""
+
+
+class Interrupted(CnnccError):
+    """The user pressed Ctrl-C; nothing was left behind."""
+
+    exit_code = 130

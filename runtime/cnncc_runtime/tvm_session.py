@@ -1,0 +1,350 @@
+"""The ``tvm-vm`` session: runs an engine that TVM linked, with libtvm_runtime and no compiler.
+
+Forking is safe between runs: a session opened before ``os.fork`` works in the child (on a thread of its own, since
+the parent's workers stay behind), unless another thread was in the middle of a run. The engine's weights are shared
+by all sessions of the same engine in a process.
+
+The engine file must not be rewritten in place while it is loaded (no shared library may); `cnncc` replaces bundles
+whole, so that a loaded engine keeps the file it had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cnncc_runtime import tvm_runtime
+from cnncc_runtime.bundle import Bundle
+from cnncc_runtime.cpu import host_machine
+from cnncc_runtime.elf import Elf, parse_elf
+from cnncc_runtime.errors import BundleRefused, DataRefused, EngineMismatch, RunFailed
+from cnncc_runtime.session import engine_mismatch
+from cnncc_runtime.specs import Feeds, Tensors, TensorSpec, check_feeds
+from cnncc_runtime.tvm_threads import PoolThread, set_width
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ALIGNMENT = 64
+"""Bytes; TVM's kernels assume it of every buffer (tvm::runtime::kAllocAlignment)."""
+
+_CPU, _POOLED = 1, 2  # DLDeviceType kDLCPU, tvm::runtime::memory::AllocatorType kPooled
+
+
+class TvmSession:
+    """A `cnncc_runtime.session.Session` over TVM's virtual machine.
+
+    Args:
+        bundle: Its bundle.
+        engine: The engine file, already verified; what this handle shows is what gets loaded.
+        threads: Cores that a run may use.
+
+    Raises:
+        EngineMismatch: Built for another machine, other ISA features or another TVM.
+        TargetUnavailable: libtvm_runtime is missing.
+        BundleRefused: The engine is damaged, or holds not what the manifest says.
+    """
+
+    def __init__(self, bundle: Bundle, engine: BinaryIO, *, threads: int) -> None:
+        manifest = bundle.manifest
+        elf = parse_elf(engine, manifest.engine.file)
+        check_elf(elf, host_machine(), manifest.engine.file)
+        if mismatch := engine_mismatch(manifest.target):
+            raise mismatch
+        check_abi(manifest.engine.abi)
+        self._runtime = tvm_runtime.load()
+        self._inputs, self._outputs = manifest.inputs, manifest.outputs
+        self._batches, self._threads = manifest.batches, threads
+        self._lock = threading.Lock()
+        self._pool: PoolThread | None = None
+        self._closed = False
+        self._engine: _Engine | None = _shared_engine(
+            self._runtime, manifest.files[manifest.engine.file].sha256, engine, elf
+        )
+        self._entries = self._start(manifest.engine.entries)
+        _sessions.add(self)
+
+    def _start(self, entries: dict[int, str]) -> dict[int, _Entry]:
+        assert self._engine is not None
+        try:
+            machine = self._engine.module["vm_load_executable"]()
+            machine["vm_initialization"](_CPU, 0, _POOLED)
+            return {batch: _Entry(machine[name]) for batch, name in entries.items()}
+        except Exception as exc:  # whatever TVM raises: there is no other boundary
+            raise BundleRefused(
+                f"the engine cannot be started: {first_line(exc)}", hint="build the bundle again"
+            ) from exc
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Inputs, in the model's order."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Outputs, in the model's order."""
+        return self._outputs
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes that were built."""
+        return self._batches
+
+    @property
+    def threads(self) -> int:
+        """Cores that a run uses at most."""
+        return self._threads
+
+    def run(self, feeds: Feeds) -> Tensors:
+        """Run the engine once; see `cnncc_runtime.session.Session.run`.
+
+        Raises:
+            DataRefused: An input is missing, unknown, or of another dtype or shape.
+            RunFailed: The batch size was not built, the session is closed, or the engine failed.
+        """
+        self._check_open()
+        batch = self._admit(feeds)
+        with self._lock:
+            self._check_open()
+            if self._pool is None and set_width(self._runtime, self._threads):
+                return self._call(batch, feeds)
+            if self._pool is None:
+                self._pool = PoolThread("cnncc-engine")
+            return self._pool.call(lambda: self._call_here(batch, feeds))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RunFailed("the session is closed", hint="open the bundle again")
+
+    def _call_here(self, batch: int, feeds: Feeds) -> Tensors:
+        set_width(self._runtime, self._threads)
+        return self._call(batch, feeds)
+
+    def _call(self, batch: int, feeds: Feeds) -> Tensors:
+        entry = self._entries[batch]
+        try:
+            result = entry.function(*entry.tensors(self._runtime, [feeds[spec.name] for spec in self._inputs]))
+            found = (result,) if hasattr(result, "__dlpack__") else tuple(result)
+            # copies: an engine may return a weight, an input, or memory that the next run reuses
+            arrays = [np.array(np.from_dlpack(tensor)) for tensor in found]
+        except Exception as exc:  # whatever TVM raises: there is no other boundary
+            raise RunFailed(f"the engine failed: {first_line(exc)}", hint="run `cnncc verify` on the bundle") from exc
+        if len(arrays) != len(self._outputs):
+            raise RunFailed(f"the engine returned {len(arrays)} outputs, the manifest lists {len(self._outputs)}")
+        return {spec.name: array for spec, array in zip(self._outputs, arrays, strict=True)}
+
+    def _admit(self, feeds: Feeds) -> int:
+        """Check the feeds; return the entry to run."""
+        check_feeds(self._inputs, feeds)
+        sizes: dict[str, tuple[int, str]] = {}
+        for spec in self._inputs:
+            for size, have in zip(spec.shape, feeds[spec.name].shape, strict=True):
+                if isinstance(size, str) and sizes.setdefault(size, (have, spec.name))[0] != have:
+                    raise DataRefused(
+                        f"'{size}' is {sizes[size][0]} in input '{sizes[size][1]}' and {have} in '{spec.name}'",
+                        hint="give all inputs the same batch size",
+                    )
+        batch = next((size for size, _ in sizes.values()), 0) if self._batches else 0
+        if batch not in self._entries:
+            raise RunFailed(
+                f"batch size {batch} was not built, the bundle holds {', '.join(map(str, self._batches))}",
+                hint="pad or split the batch, or compile with that size too",
+            )
+        return batch
+
+    def close(self) -> None:
+        """Free the engine; arrays that it returned stay valid. Closing twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._pool is not None:
+                self._pool.close()
+            self._pool, self._entries, self._engine = None, {}, None
+        _sessions.discard(self)
+        self._runtime.clear_pools()
+        _trim()
+
+    def __enter__(self) -> Self:
+        """Return the session."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the session."""
+        self.close()
+
+    def _after_fork(self) -> None:
+        if self._lock.locked():  # by a thread that does not exist here: the virtual machine is mid-run for ever
+            self._closed = True  # its memory stays
+        self._lock = threading.Lock()
+        self._pool = None
+
+
+_sessions: weakref.WeakSet[TvmSession] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        session._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def check_elf(elf: Elf, machine: str, name: str) -> None:
+    """Refuse an engine file of another machine.
+
+    Raises:
+        EngineMismatch: Names both machines.
+        BundleRefused: Not a shared library.
+    """
+    if elf.machine != machine:
+        raise EngineMismatch(
+            f"built for: {elf.machine}, found: {machine}", where=[name], hint="compile for this device: --device host"
+        )
+    if elf.kind != "shared":
+        raise BundleRefused(f"'{name}' is an ELF {elf.kind} file, not a shared library", hint="build the bundle again")
+
+
+def check_abi(abi: str) -> None:
+    """Refuse an engine of another TVM.
+
+    Raises:
+        EngineMismatch: Names both.
+    """
+    if abi != tvm_runtime.ABI:
+        raise EngineMismatch(
+            f"built for: {abi or '(unknown)'}, found: {tvm_runtime.ABI}",
+            hint="compile again with the cnncc that matches this cnncc-runtime",
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the line of an error's text that says something; TVM puts traces and blank lines around it."""
+    lines = (line.strip() for line in str(error).splitlines())
+    skip = ("Traceback", "File ", "Stack trace", "[bt]", "-----", "0:", "1:")
+    return next((line for line in lines if line and not line.startswith(skip)), type(error).__name__)
+
+
+class _Entry:
+    """A function of the engine, and buffers for inputs that cannot be handed over as they are."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._buffers: dict[int, tuple[NDArray[Any], Any]] = {}
+
+    def tensors(self, runtime: tvm_runtime.TvmRuntime, arrays: Sequence[NDArray[Any]]) -> list[Any]:
+        """Return the engine's view of the inputs, copying only what is not aligned, contiguous and writable."""
+        return [self._tensor(runtime, position, array) for position, array in enumerate(arrays)]
+
+    def _tensor(self, runtime: tvm_runtime.TvmRuntime, position: int, array: NDArray[Any]) -> Any:
+        flags = array.flags
+        # DLPack cannot carry read-only arrays
+        if flags.c_contiguous and flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+            return runtime.from_dlpack(array)
+        buffer = self._buffers.get(position)
+        if buffer is None:
+            empty = aligned_empty(array.shape, array.dtype)
+            buffer = self._buffers[position] = (empty, runtime.from_dlpack(empty))
+        np.copyto(buffer[0], array)
+        return buffer[1]
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an uninitialised array that a session takes without copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+@dataclass(eq=False)
+class _Engine:
+    """A loaded engine file; sessions of the same engine share it, and so its weights."""
+
+    module: Any
+
+
+_engines: weakref.WeakValueDictionary[str, _Engine] = weakref.WeakValueDictionary()
+_engines_lock = threading.Lock()
+_serial = itertools.count(1)
+
+
+def _shared_engine(runtime: tvm_runtime.TvmRuntime, digest: str, file: BinaryIO, elf: Elf) -> _Engine:
+    with _engines_lock:
+        engine = _engines.get(digest)
+        if engine is None:
+            try:
+                module = runtime.load_library(_loadable(file), "so")
+            except Exception as exc:  # whatever TVM raises: there is no other boundary
+                raise BundleRefused(
+                    f"the engine cannot be loaded: {first_line(exc)}", where=[file.name], hint="build the bundle again"
+                ) from exc
+            engine = _engines[digest] = _Engine(module)
+            _forget_file_pages(file, elf)
+        return engine
+
+
+def _loadable(file: BinaryIO) -> str:
+    """Return a path by which the loader opens the very file that was verified, whatever its name shows by now.
+
+    The loader takes equal paths for equal libraries, and file numbers are reused: so every path is spelled apart.
+    """
+    number = file.fileno()
+    folder = "/proc/self/fd"
+    if not Path(folder, str(number)).exists():
+        return str(file.name)
+    spelling = "".join("./" if digit == "1" else "/" for digit in f"{next(_serial):b}")
+    return f"{folder}/{spelling}{number}"
+
+
+def _forget_file_pages(file: BinaryIO, elf: Elf) -> None:
+    """Stop counting the file's constants as this process's memory: TVM made its own copy of the weights.
+
+    Only pages that the loader cannot have written to: what it relocated would be lost.
+    """
+    base = _base_address(file)
+    if base is None or elf.text_relocations:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        for segment in elf.segments:
+            first = base + segment.address
+            start = first + -first % mmap.PAGESIZE
+            length = (first + segment.size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            if length > 0 and not segment.writable:
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+def _base_address(file: BinaryIO) -> int | None:
+    """Return where the loader put a file (its mapping of offset 0); None where that cannot be told for sure."""
+    status = os.fstat(file.fileno())
+    wanted = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+            span, _, offset, device, inode, *_ = line.split(maxsplit=5)
+            if (device, inode) == wanted and int(offset, 16) == 0:
+                found.add(int(span.partition("-")[0], 16))
+    return found.pop() if len(found) == 1 else None
+
+
+def _trim() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # musl has none, and gives memory back by itself
+        ctypes.CDLL(None).malloc_trim(0)
