@@ -1,0 +1,1 @@
+"""The ONNX graph that flows from exporters to targets, and what can be asked of it."""
