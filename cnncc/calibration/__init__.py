@@ -1,0 +1,1 @@
+"""Data that a model is calibrated on, checked with and measured on."""
