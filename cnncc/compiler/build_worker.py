@@ -1,0 +1,170 @@
+"""Builds an engine in a process of its own.
+
+A compiler that crashes must not take the command down with it, Ctrl-C must not wait for it, and its memory should
+go back to the machine before the engine is verified. The parent (`build_apart`) sends one JSON request on stdin; the
+child answers on stdout with a JSON line per event, the last one the engine or the error. The child's own stdout and
+stderr go to a log that is shown when it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from cnncc.targets.base import BuildOptions, Engine, Profile
+from cnncc_runtime import errors
+from cnncc_runtime.bundle import to_plain
+from cnncc_runtime.errors import BuildFailed, CnnccError
+
+_LOG = "build.log"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) -> Engine:
+    """Build an engine in a child process.
+
+    Args:
+        target: The target's name.
+        graph: The cleaned ONNX file.
+        options: As `cnncc.targets.base.Target.build` takes them.
+        workdir: A folder that the build may write in.
+
+    Raises:
+        UnsupportedGraph: Lists every refused node.
+        TargetUnavailable: A compiler or linker is missing.
+        BuildFailed: The toolchain broke or crashed.
+    """
+    request = {
+        "target": target,
+        "graph": str(graph.resolve()),
+        "workdir": str(workdir.resolve()),
+        "options": to_plain({"profile": options.profile, "batches": options.batches, "jobs": options.jobs}),
+    }
+    with _child(workdir) as child:
+        assert child.stdin is not None and child.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once: told below, by its exit code
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.close()
+        for line in child.stdout:
+            if not line.endswith(b"\n"):  # it died while it wrote
+                break
+            message = json.loads(line)
+            if "progress" in message:
+                options.progress(*message["progress"])
+            elif "error" in message:
+                raise _error_from(message["error"])
+            else:
+                return engine_from_plain(message["engine"], workdir)
+        child.wait()
+        raise _crash(target, child.returncode, workdir / _LOG)
+
+
+@contextlib.contextmanager
+def _child(workdir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (workdir / _LOG).open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "cnncc.compiler.build_worker", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd="/",  # `python -m` imports from the working folder first, and that is the user's
+            start_new_session=True,  # a Ctrl-C at the terminal goes to the parent alone, which kills the group
+        )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def _crash(target: str, code: int, log: Path) -> BuildFailed:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+    hint = (
+        "the machine may be out of memory: use --jobs 1 or a larger machine"
+        if code == -signal.SIGKILL
+        else ("report it with the model; --verbose shows the compiler's own words")
+    )
+    return BuildFailed(f"the {target} compiler {how}" + (": " + " | ".join(tail) if tail else ""), hint=hint)
+
+
+def engine_to_plain(engine: Engine) -> dict[str, Any]:
+    """Return an engine as plain data; its payload by name, relative to the work folder."""
+    plain: dict[str, Any] = to_plain(replace(engine, payload=engine.payload.name))  # type: ignore[arg-type]
+    return plain
+
+
+def engine_from_plain(plain: dict[str, Any], workdir: Path) -> Engine:
+    """Return the engine whose payload lies in a folder."""
+    return msgspec.convert(
+        {**plain, "payload": str(workdir / plain["payload"])}, Engine, dec_hook=_path, strict=False
+    )
+
+
+def _path(kind: type, value: Any) -> Any:
+    return kind(value)
+
+
+def _error_from(plain: dict[str, Any]) -> CnnccError:
+    kind: type[CnnccError] = getattr(errors, plain["type"], BuildFailed)
+    return kind(plain["message"], where=plain["where"], hint=plain["hint"])
+
+
+def _work(request: dict[str, Any], events: IO[bytes]) -> None:
+    def send(**message: Any) -> None:
+        events.write(json.dumps(message).encode() + b"\n")
+        events.flush()
+
+    from cnncc.graph.reader import load_trusted
+    from cnncc.targets.registry import load_target
+
+    options = msgspec.convert(request["options"], _Options)
+    try:
+        target = load_target(request["target"], options.profile)
+        engine = target.build(
+            load_trusted(Path(request["graph"])),
+            BuildOptions(
+                options.profile,
+                options.batches,
+                options.jobs,
+                lambda what, fraction: send(progress=[what, fraction]),
+            ),
+            Path(request["workdir"]),
+        )
+        send(engine=engine_to_plain(engine))
+    except CnnccError as exc:
+        send(error={"type": type(exc).__name__, "message": exc.message, "where": exc.where, "hint": exc.hint})
+
+
+class _Options(msgspec.Struct, frozen=True):
+    profile: Profile
+    batches: tuple[int, ...]
+    jobs: int
+
+
+def main() -> None:
+    """Answer one request; the argument is the parent's process id."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):  # the parent died before the line above
+        raise SystemExit(1)
+    with os.fdopen(os.dup(1), "wb") as events:
+        os.dup2(2, 1)  # whatever a compiler prints goes to the log
+        _work(json.loads(sys.stdin.buffer.readline()), events)
+
+
+if __name__ == "__main__":
+    main()

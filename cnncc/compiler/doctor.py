@@ -1,0 +1,95 @@
+"""What this machine has of what cnncc needs. Looks, changes nothing, never raises."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnncc.targets.devices import resolve_profile
+from cnncc.targets.registry import load_target, target_names
+from cnncc_runtime.cpu import host_cpu
+from cnncc_runtime.errors import CnnccError
+
+_PINNED = {"torch": "2.13", "apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
+_REQUIRED = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "apache-tvm", "apache-tvm-ffi")
+_OPTIONAL = {"torchvision": "zoo", "timm": "zoo", "ziglang": "cross"}
+_ROOM = 2 << 30
+"""Bytes that compiling a ResNet-50 with an empty cache takes, rounded up."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        name: What.
+        state: ``ready``, ``missing`` or ``optional`` (missing, and needed for some models only).
+        detail: What was found.
+        fix: What would mend it; empty when it is ready.
+        required: Whether every compile needs it.
+    """
+
+    name: str
+    state: str
+    detail: str
+    fix: str = ""
+    required: bool = False
+
+
+def examine(cache: Path) -> tuple[Finding, ...]:
+    """Look at the machine.
+
+    Args:
+        cache: The cache folder that would be used.
+    """
+    return (_cpu(), *_packages(), *_targets(), _cache(cache))
+
+
+def _cpu() -> Finding:
+    cpu = host_cpu()
+    return Finding("machine", "ready", f"{cpu.model}, {cpu.cores} cores, Python {platform.python_version()}")
+
+
+def _packages() -> list[Finding]:
+    return [_package(name, None) for name in _REQUIRED] + [_package(n, extra) for n, extra in _OPTIONAL.items()]
+
+
+def _package(name: str, extra: str | None) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if extra is not None:
+            return Finding(name, "optional", "not installed", f"pip install 'cnncc[{extra}]'")
+        return Finding(name, "missing", "not installed", "pip install cnncc", required=True)
+    wanted = _PINNED.get(name)
+    if wanted is not None and not version.startswith(wanted):
+        return Finding(name, "missing", f"{version}, cnncc needs {wanted}", f"pip install '{name}=={wanted}.*'", True)
+    return Finding(name, "ready", version, required=extra is None)
+
+
+def _targets() -> list[Finding]:
+    found = []
+    for name in target_names():
+        try:
+            availability = load_target(name, resolve_profile("host")).probe()
+        except CnnccError as exc:  # a third party's target that does not load
+            found.append(Finding(f"target {name}", "missing", exc.message, exc.hint))
+            continue
+        state = "ready" if availability.ready else "missing"
+        found.append(Finding(f"target {name}", state, availability.detail, availability.fix, name == "llvm"))
+    return found
+
+
+def _cache(folder: Path) -> Finding:
+    existing = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
+    free = shutil.disk_usage(existing).free
+    detail = f"{folder}, {free / 1e9:.1f} GB free"
+    if not os.access(existing, os.W_OK):
+        return Finding("cache", "missing", f"{folder} cannot be written", "--cache-dir, or $CNNCC_CACHE_DIR", True)
+    if free < _ROOM:
+        return Finding("cache", "missing", detail, "free some space, or use --cache-dir on another disk", True)
+    return Finding("cache", "ready", detail, required=True)

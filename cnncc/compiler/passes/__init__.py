@@ -1,0 +1,1 @@
+"""Graph passes: one a file, each a pure function `OnnxGraph` → `OnnxGraph`; `pipeline.clean` runs and proves them."""

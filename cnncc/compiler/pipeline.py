@@ -1,0 +1,566 @@
+"""The main job: MODEL → ONNX → engine → proof → bundle, each stage cached, the bundle published atomically.
+
+::
+
+    export   MODEL, weights, shapes      → exported.onnx, program.pt2
+    clean    exported.onnx               → cleaned.onnx          (numerics proved on the spot)
+    build    cleaned.onnx, target        → engine.so
+    verify   engine, samples             → bundle files, parity  (a failed proof is never cached)
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+import cnncc
+import cnncc_runtime
+from cnncc.calibration.data import DataSet, load_data
+from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain
+from cnncc.compiler.cache import Cache, default_cache_folder
+from cnncc.compiler.engine_process import EngineProcess
+from cnncc.compiler.model_reference import ModelRequest, existing_file, parse_reference
+from cnncc.compiler.reporting import Reporter, Silent
+from cnncc.compiler.stage import Stage
+from cnncc.targets.base import BuildOptions, Engine, Profile, Target
+from cnncc.targets.devices import NATIVE
+from cnncc.targets.registry import load_target
+from cnncc_runtime.bundle import (
+    GOLDEN,
+    MANIFEST,
+    PARITY,
+    REFERENCE,
+    SCHEMA,
+    Bundle,
+    Manifest,
+    read_bundle,
+    to_plain,
+    write_bundle,
+)
+from cnncc_runtime.cpu import host_cpu
+from cnncc_runtime.digests import canonical_json, digest_file, digest_json
+from cnncc_runtime.errors import BundleRefused, ModelRefused, ParityFailed, UsageError, WeightsRefused
+from cnncc_runtime.files import atomic_file, atomic_folder, storage_errors, sweep
+from cnncc_runtime.preprocess import Preprocessing
+from cnncc_runtime.session import engine_mismatch
+from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
+
+if TYPE_CHECKING:
+    from cnncc.compiler.parity import ParityReport
+    from cnncc.graph.onnx_graph import OnnxGraph
+
+SAMPLES = 2
+"""Seeded random inputs that every engine is checked with, per batch size."""
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """What `compile` is asked for.
+
+    Attributes:
+        model: The MODEL argument with its weights and shapes.
+        profile: The device.
+        output: Where the bundle goes; an existing bundle is replaced, anything else is refused.
+        target: The target's name.
+        batches: Batch sizes to build for, where the model has a symbolic batch.
+        data: DATA for real inputs in the parity check; empty for none.
+        samples: Real inputs at most.
+        preprocessing: Replaces the contract that stands beside the model.
+        labels: Replaces the class names that stand beside the model.
+        keep_failed: Keep a bundle whose parity failed, marked so.
+        reference: Store the cleaned ONNX in the bundle, for `verify` and `bench`.
+        jobs: Parallel work.
+    """
+
+    model: ModelRequest
+    profile: Profile
+    output: Path
+    target: str = "llvm"
+    batches: tuple[int, ...] = ()
+    data: str = ""
+    samples: int = 32
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] = ()
+    keep_failed: bool = False
+    reference: bool = True
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What `compile` made.
+
+    Attributes:
+        bundle: The bundle at its final place.
+        parity: ``passed``, ``failed`` or ``pending``.
+        failures: What failed, a sentence each.
+        unchanged: Whether the output already held these very bytes.
+    """
+
+    bundle: Bundle
+    parity: str
+    failures: tuple[str, ...]
+    unchanged: bool
+
+
+def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Reporter | None = None) -> Compiled:
+    """Compile a model into a verified bundle.
+
+    Args:
+        request: What to make.
+        cache: Where stages are kept; the user's cache folder by default.
+        reporter: Told of stages and notes.
+
+    Returns:
+        The bundle, at ``request.output``.
+
+    Raises:
+        UsageError: A shape, batch size or output path is wrong.
+        ModelRefused: The model, its weights or its graph were refused.
+        DataRefused: DATA was refused.
+        EnvironmentMissing: A package, a linker or disk space is missing.
+        ExportFailed: PyTorch could not export the module.
+        BuildFailed: The compiler failed.
+        ParityFailed: The engine does not compute what the model computes; no bundle is left.
+    """
+    reporter = reporter or Silent()
+    cache = cache or Cache(default_cache_folder(), reporter.note)
+    check_output(request.output)
+    target = load_target(request.target, request.profile)
+    export = export_stage(request.model, cache, reporter)
+    clean = clean_stage(export, cache, reporter)
+    _check_batches(export, request.batches)
+    build = _build_stage(clean, target, request, cache, reporter)
+    verify = _verify_stage(export, clean, build, request, cache, reporter)
+    compiled = _publish(verify, request.output)
+    if compiled.parity == "failed":
+        raise ParityFailed(
+            f"the engine does not compute what the model computes; {request.output} is kept and marked as failed",
+            where=compiled.failures,
+            hint=f"`cnncc verify {request.output} --layers` finds the layer",
+        )
+    return compiled
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        digest: Of the graph.
+        size: Of the file, bytes.
+        nodes: Of the graph.
+    """
+
+    digest: str
+    size: int
+    nodes: int
+
+
+def export(
+    model: ModelRequest,
+    output: Path,
+    *,
+    raw: bool = False,
+    cache: Cache | None = None,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Export a model to an ONNX file.
+
+    Args:
+        model: The MODEL argument with its weights and shapes.
+        output: The file; an existing one is replaced.
+        raw: The graph as exported, before cnncc's passes.
+        cache: Where stages are kept.
+        reporter: Told of stages and notes.
+
+    Raises:
+        ModelRefused: The model, its weights or its graph were refused.
+        ExportFailed: PyTorch could not export the module.
+        StorageFailed: The file cannot be written.
+    """
+    reporter = reporter or Silent()
+    cache = cache or Cache(default_cache_folder(), reporter.note)
+    with storage_errors(output):
+        if output.is_dir():
+            raise UsageError(f"{output} is a folder", hint="give a file: -o model.onnx")
+    stage = export_stage(model, cache, reporter)
+    name = "exported.onnx"
+    if not raw:
+        stage, name = clean_stage(stage, cache, reporter), "cleaned.onnx"
+    with atomic_file(output) as partial:
+        shutil.copyfile(stage.file(name), partial)
+    return Exported(stage.value["graph"], output.stat().st_size, stage.value["nodes"])
+
+
+def clean_graph(model: ModelRequest, *, cache: Cache | None = None, reporter: Reporter | None = None) -> OnnxGraph:
+    """Return a model's cleaned ONNX graph.
+
+    Raises:
+        ModelRefused: The model, its weights or its graph were refused.
+        ExportFailed: PyTorch could not export the module.
+    """
+    from cnncc.graph.reader import load_trusted
+
+    reporter = reporter or Silent()
+    cache = cache or Cache(default_cache_folder(), reporter.note)
+    return load_trusted(clean_stage(export_stage(model, cache, reporter), cache, reporter).file("cleaned.onnx"))
+
+
+# ---- stages
+
+
+def export_stage(model: ModelRequest, cache: Cache, reporter: Reporter) -> Stage:
+    """Return the stage that turns MODEL into ONNX.
+
+    Its key holds the digests of the files that the request names. The files that a factory's code read while it ran
+    are known only afterwards; they are stored with the result, and a result whose files changed is not used.
+    """
+    key = cache.key(
+        "export",
+        request=[model.reference, model.input_shapes, model.input_dtypes],
+        files=_named_files(model),
+        tools=_tools("torch", "onnx", "onnxscript"),
+    )
+    stage = Stage("export", key, functools.partial(_export, model, reporter), cache, reporter)
+    known = cache.get(stage.name, stage.key)
+    if known is not None and not _dependencies_hold(known.value["dependencies"]):
+        reporter.note("a file that the model's code reads has changed; it is exported again")
+        cache.forget(stage.name, stage.key)
+    return stage
+
+
+def _export(model: ModelRequest, reporter: Reporter, folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
+    from cnncc.compiler.export import export
+    from cnncc.compiler.ingest import ingest
+
+    reporter.progress("loading the model", 0.1)
+    ingested = ingest(model)
+    reporter.progress("exporting to ONNX", 0.4)
+    exported = export(ingested)
+    files = {"exported.onnx": folder / "exported.onnx"}
+    files["exported.onnx"].write_bytes(exported.graph.serialized)
+    if exported.program is not None:
+        files["program.pt2"] = folder / "program.pt2"
+        exported.save_program(files["program.pt2"])
+    value = {
+        "name": ingested.name,
+        "source": ingested.source,
+        "digest": ingested.digest,
+        "graph": exported.graph.digest,
+        "inputs": to_plain(exported.graph.inputs),
+        "outputs": to_plain(exported.graph.outputs),
+        "preprocessing": to_plain(ingested.preprocessing),
+        "labels": list(ingested.labels),
+        "dependencies": {str(path): digest_file(path) for path in ingested.dependencies},
+        "notes": list(ingested.notes),
+        "nodes": len(exported.graph.proto.graph.node),
+    }
+    return value, files, f"{ingested.source} → ONNX opset {exported.graph.opset}, {value['nodes']} nodes"
+
+
+def clean_stage(export: Stage, cache: Cache, reporter: Reporter) -> Stage:
+    """Return the stage that cleans the exported graph."""
+    for note in export.value["notes"]:
+        reporter.note(note)
+    key = cache.key("clean", graph=export.value["graph"], tools=_tools("onnx", "onnxruntime"))
+    return Stage("clean", key, functools.partial(_clean, export), cache, reporter)
+
+
+def _clean(export: Stage, folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
+    from cnncc.compiler.passes.pipeline import clean
+    from cnncc.graph.reader import load_trusted
+
+    graph = load_trusted(export.file("exported.onnx"))
+    cleaned, report = clean(graph)
+    path = folder / "cleaned.onnx"
+    path.write_bytes(cleaned.serialized)
+    before, after = len(graph.proto.graph.node), len(cleaned.proto.graph.node)
+    value = {"graph": cleaned.digest, "report": to_plain(report), "nodes": after}
+    return value, {"cleaned.onnx": path}, f"{before} → {after} nodes, numerics proved"
+
+
+def _build_stage(clean: Stage, target: Target, request: CompileRequest, cache: Cache, reporter: Reporter) -> Stage:
+    key = cache.key(
+        "build",
+        graph=clean.value["graph"],
+        target=target.name,
+        profile=to_plain(target.profile),
+        machine=host_cpu().model if target.profile.cpu == NATIVE else "",
+        batches=request.batches,
+        tools={**_tools(), **target.toolchain()},
+    )
+    options = BuildOptions(target.profile, request.batches, request.jobs, reporter.progress)
+
+    def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
+        engine = build_apart(target.name, clean.file("cleaned.onnx"), options, folder)
+        size = engine.payload.stat().st_size
+        detail = f"{target.name} {engine.target.cpu}, {len(engine.layers)} kernels, {size / 1e6:.1f} MB"
+        return {"engine": engine_to_plain(engine)}, {engine.record.file: engine.payload}, detail
+
+    return Stage("build", key, compute, cache, reporter)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the user gave for the proof and the bundle, with the model's own as defaults."""
+
+    preprocessing: Preprocessing | None
+    labels: tuple[str, ...]
+    data: DataSet | None
+
+
+def _inputs(request: CompileRequest, export: Stage) -> _Inputs:
+    stored = export.value["preprocessing"]
+    preprocessing = request.preprocessing or (msgspec.convert(stored, Preprocessing) if stored else None)
+    labels = request.labels or tuple(export.value["labels"])
+    data = None
+    if request.data:
+        data = load_data(request.data, _specs(export, "inputs"), preprocessing, limit=request.samples)
+    return _Inputs(preprocessing, labels, data)
+
+
+def _verify_stage(
+    export: Stage, clean: Stage, build: Stage, request: CompileRequest, cache: Cache, reporter: Reporter
+) -> Stage:
+    inputs = _inputs(request, export)
+    key = cache.key(
+        "verify",
+        model=[export.key, export.value["graph"]],
+        build=[build.key, build.digests],
+        data=inputs.data.digest if inputs.data else "",
+        preprocessing=to_plain(inputs.preprocessing),
+        labels=inputs.labels,
+        options=[request.reference, request.keep_failed, bundle_name(request.output)],
+        tools=_tools("torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi"),
+    )
+
+    def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
+        proof = _prove(export, clean, build, request, inputs, folder)
+        if proof.state == "failed" and not request.keep_failed:
+            raise ParityFailed(
+                "the engine does not compute what the model computes; no bundle was written",
+                where=proof.report.failures,
+                hint="`--keep-failed` keeps the bundle, marked as failed; then `cnncc verify --layers` finds the layer",
+            )
+        manifest = _manifest(export, proof.engine, request, inputs, proof.state)
+        contents = folder / "bundle"
+        contents.mkdir()
+        files: dict[str, tuple[str, Path | bytes]] = {
+            proof.engine.record.file: ("engine", build.file(proof.engine.record.file)),
+            PARITY: ("report", canonical_json(to_plain(proof.report))),
+            GOLDEN: ("golden", proof.golden),
+        }
+        if request.reference:
+            files[REFERENCE] = ("reference", clean.file("cleaned.onnx"))
+        bundle = write_bundle(contents, manifest, files)
+        value = {"state": proof.state, "manifest": bundle.digest, "failures": list(proof.report.failures)}
+        names = (MANIFEST, *bundle.manifest.files)
+        return value, {name: contents / name for name in names}, _summary(proof)
+
+    return Stage("verify", key, compute, cache, reporter)
+
+
+# ---- the proof
+
+
+@dataclass(frozen=True)
+class _Proof:
+    engine: Engine
+    report: ParityReport
+    golden: bytes
+    state: str
+
+
+def _prove(export: Stage, clean: Stage, build: Stage, request: CompileRequest, inputs: _Inputs, folder: Path) -> _Proof:
+    """Run the engine and its references on the same samples.
+
+    The engine runs in a process of its own, out of a bundle whose parity is still pending: the very path of a device.
+    """
+    from cnncc.compiler.verify import random_samples, verify_engine
+    from cnncc.graph.reader import load_trusted
+
+    engine = engine_from_plain(build.value["engine"], folder)
+    trial = folder / "trial.cnncc"
+    trial.mkdir()
+    payload = build.file(engine.record.file)
+    manifest = _manifest(export, engine, request, inputs, "pending")
+    write_bundle(trial, manifest, {engine.record.file: ("engine", payload)})
+    feeds, names = random_samples(_specs(export, "inputs"), batches=request.batches, count=SAMPLES)
+    if inputs.data is not None:
+        feeds += [sample.feeds for sample in inputs.data.samples]
+        names += [sample.name for sample in inputs.data.samples]
+    mismatch = engine_mismatch(engine.target)
+    if mismatch is not None:
+        build.reporter.note(f"{mismatch.message}: parity is pending until `cnncc verify` runs on the device")
+    with EngineProcess(trial) if mismatch is None else nullcontext() as process:
+        found = verify_engine(
+            exported=functools.partial(load_trusted, export.file("exported.onnx")),
+            cleaned=functools.partial(load_trusted, clean.file("cleaned.onnx")),
+            torch_run=_torch_run(export),
+            engine_run=process.run if process else None,
+            samples=feeds,
+            sample_names=names,
+        )
+    state = "failed" if not found.report.passed else "passed" if process else "pending"
+    return _Proof(engine, found.report, found.golden, state)
+
+
+def _summary(proof: _Proof) -> str:
+    engine = proof.report.subject("engine")
+    if engine is None:
+        return f"parity {proof.state}"
+    errors = [output.rel_l2 for output in engine.outputs if output.rel_l2 is not None]
+    agreed = [output.top1_agreement for output in engine.outputs if output.top1_agreement is not None]
+    parts = [f"parity {proof.state} on {len(proof.report.samples)} samples"]
+    parts += [f"relative error {max(errors):.1e}"] if errors else []
+    parts += [f"top-1 agreement {min(agreed):.1%}"] if agreed else []
+    return ", ".join(parts)
+
+
+def _torch_run(export: Stage) -> Callable[[Feeds], Tensors] | None:
+    if "program.pt2" not in export.digests:
+        return None
+    from cnncc.compiler.torch_run import program_runner
+
+    return program_runner(export.file("program.pt2"), [spec.name for spec in _specs(export, "outputs")])
+
+
+def _manifest(export: Stage, engine: Engine, request: CompileRequest, inputs: _Inputs, parity: str) -> Manifest:
+    value = export.value
+    model = {"source": value["source"], "digest": value["digest"], "graph": value["graph"]}
+    if "program.pt2" in export.digests:
+        model["program"] = export.digests["program.pt2"]
+    return Manifest(
+        schema=SCHEMA,
+        name=bundle_name(request.output),
+        model=model,
+        target=engine.target,
+        engine=engine.record,
+        inputs=_specs(export, "inputs"),
+        outputs=_specs(export, "outputs"),
+        batches=request.batches,
+        preprocessing=inputs.preprocessing,
+        labels=inputs.labels,
+        precision="fp32",
+        layers=engine.layers,
+        parity=parity,
+        toolchain={**_versions("torch", "onnx", "onnxruntime"), **engine.toolchain},
+        reproducible=engine.reproducible,
+        files={},
+    )
+
+
+# ---- the bundle's way out
+
+
+def bundle_name(output: Path) -> str:
+    """Return the name a bundle gets from its folder: ``digits.cnncc`` → ``digits``."""
+    return output.name.removesuffix(".cnncc")
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output path before any work is done for it.
+
+    Raises:
+        UsageError: Something that is not a bundle stands there.
+        StorageFailed: The parent folder is missing or cannot be written.
+    """
+    with storage_errors(output):
+        parent = output.parent.resolve(strict=True)
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+        if (output.exists() or output.is_symlink()) and not (output / MANIFEST).is_file():
+            raise UsageError(f"{output} exists and is not a bundle", hint="choose another -o, or move it away")
+        sweep(parent)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+
+
+def _publish(verify: Stage, output: Path) -> Compiled:
+    """Put the bundle at its place in one step, unless these very bytes are there already."""
+    value = verify.value
+    unchanged = _holds(output, value["manifest"])
+    if not unchanged:
+        files = {name: verify.file(name) for name in verify.digests}
+        with atomic_folder(output, marker=MANIFEST) as folder:
+            for name, path in files.items():
+                shutil.copyfile(path, folder / name)
+    return Compiled(read_bundle(output), value["state"], tuple(value["failures"]), unchanged)
+
+
+def _holds(output: Path, digest: str) -> bool:
+    try:
+        bundle = read_bundle(output)
+        return bundle.digest == digest and all(bundle.file(name) for name in bundle.manifest.files)
+    except BundleRefused:
+        return False
+
+
+# ---- what keys are made of
+
+
+def _specs(export: Stage, which: str) -> tuple[TensorSpec, ...]:
+    return msgspec.convert(export.value[which], tuple[TensorSpec, ...])
+
+
+def _named_files(model: ModelRequest) -> dict[str, str]:
+    """Return the digests of the files that the request itself names."""
+    path, weights = parse_reference(model.reference).path, model.weights
+    if weights is not None and not weights.is_file():
+        what = "is a folder" if weights.is_dir() else "does not exist"
+        raise WeightsRefused(f"the weights file {weights} {what}", hint="give a .safetensors or .pt file")
+    found = {}
+    for role, file in (("model", path), ("weights", weights)):
+        if file is None:
+            continue
+        try:
+            found[role] = digest_file(existing_file(file))
+        except OSError as exc:
+            raise ModelRefused(f"{file} cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
+    return found
+
+
+def _dependencies_hold(recorded: dict[str, str]) -> bool:
+    try:
+        return all(digest_file(Path(path)) == digest for path, digest in recorded.items())
+    except OSError:
+        return False
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"cnncc": cnncc.__version__, "python": platform.python_version(), **found}
+
+
+@functools.cache
+def _own_digest() -> str:
+    """Digest of cnncc's own source: a changed compiler must not reuse what another one made."""
+    roots = [Path(module.__file__).parent for module in (cnncc, cnncc_runtime) if module.__file__]
+    files = sorted(path for root in roots for path in root.rglob("*.py"))
+    return digest_json([[path.name, digest_file(path)] for path in files])
+
+
+def _tools(*packages: str) -> dict[str, str]:
+    return {**_versions(*packages), "source": _own_digest()}
+
+
+def _check_batches(export: Stage, batches: tuple[int, ...]) -> None:
+    symbolic = any(spec.symbols for spec in _specs(export, "inputs"))
+    if symbolic and not batches:
+        raise UsageError(
+            "the model has a symbolic batch, and no batch sizes to build for were given", hint="add --batch 1,8"
+        )
+    if batches and not symbolic:
+        raise UsageError("--batch needs a symbolic batch", hint="give the shape as --input-shape N,3,224,224")

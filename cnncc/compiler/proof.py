@@ -1,0 +1,95 @@
+"""Proves a finished bundle again on this machine: `cnncc verify`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from cnncc.calibration.data import load_data
+from cnncc.compiler.build_worker import build_apart
+from cnncc.compiler.engine_process import EngineProcess
+from cnncc.compiler.parity import ParityReport
+from cnncc.compiler.reporting import Reporter
+from cnncc.compiler.verify import Executor, Run, verify_bundle
+from cnncc.graph.onnx_graph import OnnxGraph
+from cnncc.targets.base import BuildOptions, Profile
+from cnncc_runtime.bundle import REFERENCE, Bundle, Manifest, TargetRecord, read_bundle, write_bundle
+from cnncc_runtime.errors import UsageError
+from cnncc_runtime.files import scratch_folder
+from cnncc_runtime.session import engine_mismatch
+
+
+def prove_bundle(
+    path: Path,
+    *,
+    data: str = "",
+    samples: int = 32,
+    layers: bool = False,
+    jobs: int = 1,
+    cache: Path,
+    reporter: Reporter,
+) -> ParityReport:
+    """Verify a bundle's engine against the model stored in the bundle.
+
+    Args:
+        path: The bundle.
+        data: DATA for real inputs; seeded random ones where empty.
+        samples: Real inputs at most.
+        layers: Whether to compare layer by layer too; builds the engine again with every layer as an output.
+        jobs: Parallel work.
+        cache: A folder for scratch work.
+        reporter: Told of progress.
+
+    Raises:
+        BundleRefused: The bundle is damaged.
+        EngineMismatch: The engine was built for another machine.
+        RunFailed: The engine failed or crashed.
+        UsageError: Layers were asked for, and the bundle holds no model.
+    """
+    bundle = read_bundle(path)
+    mismatch = engine_mismatch(bundle.manifest.target)
+    if mismatch is not None:
+        raise mismatch
+    if layers and not bundle.has(REFERENCE):
+        raise UsageError(
+            "comparing layers needs the model, and the bundle was made without it",
+            hint="compile without --no-reference",
+        )
+    manifest = bundle.manifest
+    found = load_data(data, manifest.inputs, manifest.preprocessing, limit=samples).samples if data else ()
+    reporter.stage("verify")
+    with ExitStack() as stack:
+        return verify_bundle(
+            bundle,
+            samples=[sample.feeds for sample in found],
+            sample_names=[sample.name for sample in found],
+            layers=_layer_engines(bundle, jobs, cache, stack, reporter) if layers else None,
+            open_session=EngineProcess,
+        )
+
+
+def _layer_engines(bundle: Bundle, jobs: int, cache: Path, stack: ExitStack, reporter: Reporter) -> Executor:
+    """Return what builds an engine of a graph for the bundle's own target, and opens it until the stack unwinds."""
+
+    def build(graph: OnnxGraph) -> Run:
+        folder = stack.enter_context(scratch_folder(cache))
+        path = folder / "layers.onnx"
+        path.write_bytes(graph.serialized)
+        options = BuildOptions(_profile(bundle.manifest.target, jobs), bundle.manifest.batches, jobs, reporter.progress)
+        engine = build_apart(bundle.manifest.target.name, path, options, folder)
+        trial = folder / "layers.cnncc"
+        trial.mkdir()
+        manifest = _with_engine(bundle.manifest, graph)
+        write_bundle(trial, manifest, {engine.record.file: ("engine", engine.payload)})
+        return stack.enter_context(EngineProcess(trial)).run
+
+    return build
+
+
+def _profile(target: TargetRecord, cores: int) -> Profile:
+    return Profile(target.device, target.triple, target.cpu, target.features, cores)
+
+
+def _with_engine(manifest: Manifest, graph: OnnxGraph) -> Manifest:
+    return replace(manifest, inputs=graph.inputs, outputs=graph.outputs, parity="pending")

@@ -1,0 +1,65 @@
+"""The table of peers, and what naming them wrongly says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cnncc.compiler.bench import subjects
+from cnncc.compiler.bench.subjects import KINDS, Kind, Subject, find_kind, make_subjects, peers
+from cnncc_runtime.errors import DependencyMissing, UsageError
+
+
+def test_every_adapter_exists_and_has_the_whole_interface():
+    import importlib
+
+    for kind in KINDS.values():
+        module, _, name = kind.adapter.partition(":")
+        adapter = getattr(importlib.import_module(module), name)(kind.options)
+        for member in ("load", "open", "bind", "run", "outputs"):
+            assert callable(getattr(adapter, member)), (kind.name, member)
+
+
+def test_an_unknown_peer_lists_the_known_ones():
+    with pytest.raises(UsageError, match="'orc' is not a known peer") as caught:
+        find_kind("orc")
+    assert all(name in caught.value.hint for name in peers())
+
+
+def test_ours_is_not_a_peer():
+    assert "cnncc" not in peers()
+    assert "cnncc" in KINDS
+
+
+def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(
+        KINDS, "far", Kind("far", "Far", "a:B", "a_module_that_does_not_exist", "pip install far", "onnx")
+    )
+    with pytest.raises(DependencyMissing, match="Far is not installed") as caught:
+        make_subjects(None, ["far"], onnx=Path("x.onnx"))
+    assert caught.value.hint == "pip install far"
+
+
+def test_the_bundle_comes_first():
+    found = make_subjects(Path("a.cnncc"), ["torch", "ort"], onnx=Path("x.onnx"), program=Path("x.pt2"))
+    assert found == (
+        Subject("cnncc", "cnncc", Path("a.cnncc")),
+        Subject("torch", "torch", Path("x.pt2")),
+        Subject("ort", "ort", Path("x.onnx")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("against", "message"),
+    [(["ort"], "'ort' has no model"), (["torch"], "'torch' has no model"), (["ort", "ort"], "named twice: ort")],
+)
+def test_a_peer_without_its_model_or_named_twice_is_refused(against, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_subjects(Path("a.cnncc"), against)
+    assert caught.value.hint or "twice" in message
+
+
+def test_a_file_has_its_own_size(tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"12345")
+    assert subjects.engine_size(Subject("ort", "ort", tmp_path / "x.onnx")) == 5
