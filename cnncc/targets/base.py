@@ -1,0 +1,154 @@
+"""The Target protocol: what a backend offers, and the records that pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from cnncc_runtime.bundle import EngineRecord, LayerRecord, TargetRecord
+
+if TYPE_CHECKING:  # onnx takes 0.2 s to import, and listing targets needs none of it
+    from cnncc.graph.onnx_graph import OnnxGraph
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction done (0 to 1)."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named device that engines are built for.
+
+    Attributes:
+        name: As ``--device`` takes it; ``host`` is this machine.
+        triple: LLVM target triple; empty for accelerators.
+        cpu: LLVM CPU name (``znver3``, ``cortex-a76``).
+        features: LLVM feature names that the engine may use (``avx2``, ``fma``).
+        cores: Cores that the engine is scheduled for.
+    """
+
+    name: str
+    triple: str = ""
+    cpu: str = ""
+    features: tuple[str, ...] = ()
+    cores: int = 1
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a target can build or run here.
+
+    Attributes:
+        state: ``ready``, or ``missing``.
+        detail: What was found, or what is missing.
+        fix: What would make it ready; empty when it is.
+    """
+
+    state: str
+    detail: str
+    fix: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the target can be used."""
+        return self.state == "ready"
+
+
+@dataclass(frozen=True)
+class NodeIssue:
+    """One node that a target cannot build.
+
+    Attributes:
+        module: PyTorch module path.
+        node: ONNX node name.
+        op: ONNX operator.
+        reason: Why, and what would help.
+    """
+
+    module: str
+    node: str
+    op: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return ``module (Op 'node'): reason``."""
+        return f"{self.module} ({self.op} '{self.node}'): {self.reason}"
+
+
+def _no_progress(_what: str, _fraction: float) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build is asked for.
+
+    Attributes:
+        profile: The device.
+        batches: Batch sizes to build for; empty when the graph's shapes are all static.
+        jobs: Processes or threads that the build may use.
+        progress: Told how far the build is.
+    """
+
+    profile: Profile
+    batches: tuple[int, ...] = ()
+    jobs: int = 1
+    progress: Progress = field(default=_no_progress, compare=False)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a build produced, in its work folder.
+
+    Attributes:
+        target: What the engine was built for; a device checks it before loading.
+        record: The engine file's format, entries and ABI.
+        payload: The engine file.
+        toolchain: Name → version of everything that made it.
+        layers: Executed kernel and precision per layer, in the user's module names.
+        reproducible: Whether the same inputs and toolchain give the same bytes.
+    """
+
+    target: TargetRecord
+    record: EngineRecord
+    payload: Path
+    toolchain: dict[str, str]
+    layers: tuple[LayerRecord, ...]
+    reproducible: bool
+
+
+class Target(Protocol):
+    """A backend. Instances hold a profile and nothing else."""
+
+    @property
+    def name(self) -> str:
+        """As ``--target`` takes it."""
+        ...
+
+    @property
+    def profile(self) -> Profile:
+        """The device that this instance builds for."""
+        ...
+
+    def probe(self) -> Availability:
+        """Say whether engines can be built here; never raises."""
+        ...
+
+    def toolchain(self) -> dict[str, str]:
+        """Return name → version of everything that shapes the engine's bytes, without importing a compiler."""
+        ...
+
+    def unsupported(self, graph: OnnxGraph) -> tuple[NodeIssue, ...]:
+        """List every node that cannot be built; pure."""
+        ...
+
+    def build(self, graph: OnnxGraph, options: BuildOptions, workdir: Path) -> Engine:
+        """Build an engine; writes only in ``workdir``.
+
+        Raises:
+            UnsupportedGraph: Lists every refused node.
+            TargetUnavailable: A compiler or linker is missing.
+            BuildFailed: The toolchain broke.
+        """
+        ...

@@ -1,0 +1,78 @@
+"""Kernels and program to object files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax, s_tir, tirx
+from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
+
+_PIPELINE = "cnncc"
+
+
+def kernel_passes() -> list[tuple[str, Any]]:
+    """Scheduled kernels to flat code.
+
+    These are the passes of TVM's own pipeline that mean something on a CPU. Those for GPUs cost half of the compile
+    time, and so do hoisting of conditions and elimination of common subexpressions, which LLVM does as well. Buffers
+    stay where the schedules allocate them: moved into a vector loop they would hold one lane.
+    """
+    return [
+        # Blocks to plain loops.
+        ("canonical-loops", s_tir.transform.CanonicalizeLoop()),
+        ("initial-values", s_tir.transform.LowerInitBlock()),
+        ("opaque-blocks", s_tir.transform.ConvertBlocksToOpaque()),
+        ("shrink-buffers", s_tir.transform.CompactBufferAllocation()),
+        ("match-buffers", s_tir.transform.LowerMatchBuffer()),
+        ("leave-blocks", s_tir.transform.LowerOpaqueBlock()),
+        # Memory and vectors.
+        ("flatten", tirx.transform.FlattenBuffer()),
+        ("legalize-bf16", tirx.transform.BF16ComputeLegalize()),
+        ("narrow-indices", tirx.transform.NarrowDataType(32)),
+        ("vectorize", tirx.transform.VectorizeLoop(True)),
+        ("share-buffers", tirx.transform.StorageRewrite()),
+        ("unroll", tirx.transform.UnrollLoop()),
+        ("simplify", tirx.transform.StmtSimplify()),
+        ("remove-nothing", tirx.transform.RemoveNoOp()),
+        ("safe-selects", s_tir.transform.RewriteUnsafeSelect()),
+        # The runtime's calling convention.
+        ("legalize-fp8", tirx.transform.FP8ComputeLegalize()),
+        ("verify", tirx.transform.VerifyMemory()),
+        ("entry", tirx.transform.AnnotateEntryFunc()),
+        ("split-host", tirx.transform.SplitHostDevice()),
+        ("packed-calls", tirx.transform.MakePackedAPI()),
+        ("store-fp8", tirx.transform.FP8StorageLegalize()),
+        ("store-bf16", tirx.transform.BF16StorageLegalize()),
+    ]
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    passes = tvm.ir.transform.Sequential([step for _name, step in kernel_passes()])
+    return passes, finalize_host_passes, finalize_device_passes
+
+
+def write_objects(module: Any, target: Any, folder: Path) -> list[Path]:
+    """Generate machine code.
+
+    Args:
+        module: The lowered module.
+        target: TVM's target.
+        folder: Where the objects go.
+
+    Returns:
+        The object files, in the order in which they must be linked.
+    """
+    tirx.register_tir_pipeline(_PIPELINE, _pipeline)
+    executable = relax.build(module, target=target, relax_pipeline=None, tir_pipeline=_PIPELINE)
+    objects: list[Path] = []
+
+    def collect(_output: str, files: list[str], **_options: Any) -> None:
+        objects.extend(Path(file) for file in files)
+
+    collect.object_format = "o"  # type: ignore[attr-defined]
+    # Without a kernel (a graph that only reshapes) there is no object to take the triple from, and TVM would write C.
+    collect.get_target_triple = lambda: str(target.attrs["mtriple"])  # type: ignore[attr-defined]
+    executable.export_library(str(folder / "engine.so"), fcompile=collect, workspace_dir=str(folder))
+    return objects

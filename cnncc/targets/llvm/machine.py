@@ -1,0 +1,77 @@
+"""What kernels need to know of the processor they are made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cnncc.targets.base import Profile
+from cnncc.targets.devices.isa import isa_of
+from cnncc.targets.devices.llvm_lists import features_of
+
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A processor, as schedules see it.
+
+    Attributes:
+        lanes: fp32 values in a vector register.
+        tiles: Register tiles that do not spill: rows (values broadcast against each loaded vector) and vectors.
+        cores: Threads that share the work.
+        l1: Bytes of first-level data cache to plan with.
+        l2: Bytes of second-level cache to plan with.
+    """
+
+    lanes: int
+    tiles: tuple[tuple[int, int], ...]
+    cores: int
+    l1: int = 32 * _KIB
+    l2: int = 512 * _KIB
+
+
+_TILES_OF_16 = ((6, 2), (4, 2), (3, 3), (2, 4), (12, 1), (8, 1), (6, 1), (4, 1), (2, 2), (1, 8), (1, 4), (1, 2))
+_TILES_OF_32 = ((12, 2), (8, 3), (6, 4), (4, 6), (8, 2), (4, 4), (2, 8), (2, 4), (16, 1), (12, 1), (8, 1), (4, 2),
+                (4, 1), (1, 8), (1, 4), (1, 2))  # fmt: skip
+"""Accumulators leave registers for the loaded vectors and a broadcast; on AVX2 one row more than 6 × 2 spills and
+halves the speed."""
+
+
+def machine_of(profile: Profile) -> Machine:
+    """Return the register file of a profile's instruction set."""
+    features = set(profile.features)
+    if "avx512f" in features:
+        return Machine(16, _TILES_OF_32, profile.cores)
+    if "avx" in features:
+        return Machine(8, _TILES_OF_16, profile.cores)
+    if profile.triple.startswith(("aarch64", "arm64", "riscv64")):
+        return Machine(4, _TILES_OF_32, profile.cores)
+    return Machine(4, _TILES_OF_16, profile.cores)
+
+
+def target_options(profile: Profile) -> dict[str, Any]:
+    """Return TVM's target description of a profile.
+
+    Every feature is spelt out: what the profile has is turned on, and what the CPU's name implies but the profile
+    lacks (hidden by a virtual machine, or taken away by the user) is turned off.
+    """
+    isa = isa_of(profile.triple)
+    relevant = frozenset(isa.features) if isa else frozenset()
+    implied = features_of(profile.triple, profile.cpu) & relevant
+    attributes = [f"+{feature}" for feature in profile.features]
+    attributes += [f"-{feature}" for feature in sorted(implied - frozenset(profile.features))]
+    options: dict[str, Any] = {
+        "kind": "llvm",
+        "mtriple": profile.triple,
+        "mcpu": profile.cpu,
+        "num-cores": profile.cores,
+        "opt-level": 3,
+    }
+    if attributes:
+        options["mattr"] = attributes
+    if profile.triple.startswith("arm"):
+        options["mfloat-abi"] = "hard"
+    if profile.triple.startswith("riscv64"):
+        options["mabi"] = "lp64d"
+    return options

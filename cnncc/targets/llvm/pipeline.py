@@ -1,0 +1,117 @@
+"""Relax to kernels: the passes, in order, each with its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from cnncc.targets.base import Progress
+from cnncc.targets.llvm.layers import Call, record_origins, replay
+from cnncc.targets.llvm.legalize import legalizers
+from cnncc.targets.llvm.machine import Machine
+from cnncc.targets.llvm.passes import FoldConstantLayout
+from cnncc.targets.llvm.schedule.driver import schedule
+from cnncc.targets.llvm.schedule.rules import RULES
+
+Passes = Sequence[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A module that is ready for code generation.
+
+    Attributes:
+        module: Relax functions in the virtual machine's form, and scheduled kernels.
+        calls: Entry → its kernel calls in order.
+        rules: Kernel → name of the rule that scheduled it.
+    """
+
+    module: Any
+    calls: Mapping[str, tuple[Call, ...]]
+    rules: Mapping[str, str]
+
+
+def simplify_passes() -> Passes:
+    """Operators to simpler operators."""
+    return [
+        ("decompose", relax.transform.DecomposeOpsForInference()),
+        ("fold-layout", FoldConstantLayout()),
+        ("share-common", relax.transform.EliminateCommonSubexpr()),
+        ("remove-unused", relax.transform.DeadCodeElimination()),
+    ]
+
+
+def legalize_passes(machine: Machine) -> Passes:
+    """Operators to loop nests."""
+    return [
+        ("legalize", relax.transform.LegalizeOps(legalizers(machine))),
+        ("fold", relax.transform.FoldConstant()),
+        ("classify", relax.transform.AnnotateTIROpPattern()),
+    ]
+
+
+def fuse_passes() -> Passes:
+    """Loop nests that read each other's results to one function."""
+    return [("fuse", relax.transform.FuseOps())]
+
+
+def merge_passes() -> Passes:
+    """Groups to kernels; reshapes to views."""
+    return [
+        ("merge", relax.transform.FuseTIR()),
+        ("reshape-views", relax.transform.RewriteDataflowReshape()),
+        ("remove-unused", relax.transform.DeadCodeElimination()),
+    ]
+
+
+def lower_passes() -> Passes:
+    """Kernel calls to the virtual machine's instructions, with memory planned ahead."""
+    return [
+        ("leave-dataflow", relax.transform.ToNonDataflow()),
+        ("drop-purity", relax.transform.RemovePurityChecking()),
+        ("call-kernels", relax.transform.CallTIRRewrite()),
+        ("plan-memory", relax.transform.StaticPlanBlockMemory()),
+        ("allocate", relax.transform.LowerAllocTensor()),
+        ("free", relax.transform.KillAfterLastUse()),
+        ("builtins", relax.transform.LowerRuntimeBuiltin()),
+        ("prim-values", relax.transform.ComputePrimValue()),
+        ("shapes", relax.transform.VMShapeLower()),
+        ("symbols", relax.transform.AttachGlobalSymbol()),
+    ]
+
+
+def lower(module: Any, entries: Sequence[str], target: Any, machine: Machine, progress: Progress) -> Lowered:
+    """Run all passes.
+
+    Args:
+        module: What the importer made; one function per entry.
+        entries: Names of those functions.
+        target: TVM's target.
+        machine: What kernels are scheduled for.
+        progress: Told about the schedule, 0 to 1.
+
+    Returns:
+        The module and which kernels compute which nodes.
+    """
+    with target, tvm.transform.PassContext(opt_level=3):
+        module = run(module, simplify_passes())
+        module = run(module, legalize_passes(machine))
+        origins = {entry: record_origins(module[entry]) for entry in entries}
+        module = run(module, fuse_passes())
+        calls = {entry: replay(module, entry, origins[entry]) for entry in entries}
+        module = run(module, merge_passes())
+        module, rules = schedule(module, RULES, machine, lambda fraction: progress("schedule kernels", fraction))
+        module = run(module, lower_passes())
+    kept = {entry: tuple(call for call in calls[entry] if call.kernel in rules) for entry in entries}
+    return Lowered(module, kept, rules)
+
+
+def run(module: Any, passes: Passes) -> Any:
+    """Run passes one by one."""
+    for _name, step in passes:
+        module = step(module)
+    return module

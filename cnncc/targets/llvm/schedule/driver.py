@@ -1,0 +1,77 @@
+"""The driver: tries each rule on each function; the last rule always applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import tvm_ffi
+from tvm import tirx
+
+from cnncc.targets.llvm.machine import Machine
+
+
+class Rule(Protocol):
+    """Schedules one family of functions."""
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        ...
+
+    def apply(self, function: Any, machine: Machine) -> Any | None:
+        """Return the scheduled function, or None where the rule does not know this kind."""
+        ...
+
+
+def schedule(
+    module: Any, rules: Sequence[Rule], machine: Machine, progress: Callable[[float], None]
+) -> tuple[Any, dict[str, str]]:
+    """Schedule every function of a module.
+
+    Args:
+        module: An ``IRModule`` of TIR functions and Relax functions; the latter stay as they are.
+        rules: Tried in order; the last must not decline.
+        machine: What the kernels are made for.
+        progress: Called with the fraction done.
+
+    Returns:
+        The module, and kernel → name of the rule that scheduled it.
+    """
+    used: dict[str, str] = {}
+    functions = [(var, function) for var, function in module.functions_items() if isinstance(function, tirx.PrimFunc)]
+    done = module.clone() if hasattr(module, "clone") else module
+    for position, (var, function) in enumerate(functions):
+        function = _keeping_nan(function)
+        for rule in rules:
+            scheduled = rule.apply(function, machine)
+            if scheduled is not None:
+                done.update_func(var, scheduled)
+                used[var.name_hint] = rule.name
+                break
+        progress((position + 1) / len(functions))
+    return done, used
+
+
+def _keeping_nan(function: Any) -> Any:
+    """Return the function with bounds (ReLU, clip) that pass NaN through, as ONNX Runtime's do; it costs nothing.
+
+    LLVM compares "x > bound ? x : bound", which gives the bound for NaN; the same instruction with its operands
+    exchanged gives x.
+    """
+
+    def above(bound: Any) -> Any:
+        if not _is_bound(bound):
+            return bound
+        return tirx.Select(bound.a < bound.b, bound.b, bound.a)
+
+    def below(bound: Any) -> Any:
+        if not _is_bound(bound):
+            return bound
+        return tirx.Select(bound.b < bound.a, bound.b, bound.a)
+
+    return tvm_ffi.structural_map(function, [(tirx.Max, above), (tirx.Min, below)], order="post")
+
+
+def _is_bound(value: Any) -> bool:
+    return isinstance(value.b, tirx.FloatImm) and not isinstance(value.a, tirx.FloatImm)

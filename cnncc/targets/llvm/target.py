@@ -1,0 +1,181 @@
+"""`LlvmTarget`: CPU engines through Apache TVM and LLVM.
+
+The compiler is imported when a build starts, not before: listing targets must be quick.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cnncc.targets.base import Availability, BuildOptions, Engine, NodeIssue, Profile
+from cnncc.targets.devices import host_machine, machine_name, named
+from cnncc.targets.llvm.link import INSTALL, find_linker, link
+from cnncc_runtime.bundle import EngineRecord, TargetRecord
+from cnncc_runtime.errors import BuildFailed, CnnccError, TargetUnavailable, UsageError
+
+if TYPE_CHECKING:
+    from cnncc.graph.onnx_graph import OnnxGraph
+
+ENGINE = "engine.so"
+FORMAT = "tvm-vm"
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi")
+
+
+@dataclass(frozen=True)
+class LlvmTarget:
+    """Builds shared libraries that the TVM runtime's virtual machine runs.
+
+    Attributes:
+        profile: The processor to build for.
+    """
+
+    profile: Profile
+    name: str = "llvm"
+
+    def probe(self) -> Availability:
+        """Say whether TVM and a linker are here."""
+        missing = [package for package in _PACKAGES if not _version(package)]
+        if missing:
+            return Availability("missing", f"{', '.join(missing)} not installed", "pip install cnncc")
+        try:
+            linker = find_linker(machine_name(self.profile.triple), host_machine())
+        except CnnccError as exc:
+            return Availability("missing", exc.message, exc.hint)
+        if problem := _import_problem():
+            return Availability("missing", problem, "pip install --force-reinstall apache-tvm apache-tvm-ffi")
+        return Availability("ready", f"TVM {_version('apache-tvm')}, {linker.version}")
+
+    def toolchain(self) -> dict[str, str]:
+        """Return the versions of TVM, its FFI and the linker."""
+        found = {package: _version(package) or "missing" for package in _PACKAGES}
+        try:
+            found["linker"] = find_linker(machine_name(self.profile.triple), host_machine()).version
+        except CnnccError:
+            found["linker"] = "missing"
+        return found
+
+    def unsupported(self, graph: OnnxGraph) -> tuple[NodeIssue, ...]:
+        """List every node that TVM's importer and our converters cannot convert."""
+        from cnncc.targets.llvm.importer import unconvertible
+
+        return unconvertible(graph)
+
+    def build(self, graph: OnnxGraph, options: BuildOptions, workdir: Path) -> Engine:
+        """Build ``engine.so``.
+
+        Args:
+            graph: Shapes static, or with one symbol: the batch.
+            options: Their profile is what the engine is built for.
+            workdir: An existing folder.
+
+        Returns:
+            The engine; its layers follow the order of execution of the first entry.
+
+        Raises:
+            UnsupportedGraph: Lists every refused node.
+            TargetUnavailable: TVM or a linker is missing.
+            BuildFailed: TVM, LLVM or the linker broke.
+            UsageError: The graph has symbolic dimensions but no batch sizes were given.
+        """
+        profile = named(options.profile)
+        machine = machine_name(profile.triple)
+        linker = find_linker(machine, host_machine())
+        if problem := _import_problem():
+            raise TargetUnavailable(problem, hint="pip install cnncc")
+        entries = _entries(graph, options.batches)
+        with _failures():
+            from cnncc.targets.llvm.compile import compile_graph
+
+            compiled = compile_graph(graph, entries, profile, workdir, options.progress)
+            options.progress("link", 0.0)
+            payload = workdir / ENGINE
+            link(linker, machine, compiled.objects, payload)
+            for path in compiled.objects:
+                path.unlink()
+            options.progress("link", 1.0)
+        return Engine(
+            target=TargetRecord(self.name, profile.name, profile.triple, profile.cpu, machine, profile.features),
+            record=EngineRecord(ENGINE, FORMAT, abi(), entries),
+            payload=payload,
+            toolchain=self.toolchain(),
+            layers=compiled.layers,
+            reproducible=True,
+        )
+
+
+def abi() -> str:
+    """Return the version of the runtime interface that engines need: TVM's and its FFI's minor versions."""
+    return ", ".join(f"{package} {_minor(package)}" for package in ("tvm-ffi", "tvm"))
+
+
+def _minor(package: str) -> str:
+    return ".".join((_version(f"apache-{package}") or "0.0").split(".")[:2])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _import_problem() -> str:
+    """Return why TVM cannot be used, or an empty text."""
+    if importlib.util.find_spec("tvm") is None:
+        return "apache-tvm is not installed"
+    try:
+        from cnncc.targets.llvm.quiet import quiet
+
+        with quiet():
+            from tvm.target import codegen
+
+            major = codegen.llvm_version_major(allow_none=True)
+    except Exception as exc:  # a broken installation raises OSError, ImportError, RuntimeError or what it likes
+        return f"apache-tvm does not load: {str(exc).splitlines()[0] if str(exc) else type(exc).__name__}"
+    return "" if major else "this apache-tvm was built without LLVM"
+
+
+def _entries(graph: OnnxGraph, batches: tuple[int, ...]) -> dict[int, str]:
+    symbols = {symbol for spec in graph.inputs for symbol in spec.symbols}
+    if not symbols:
+        return {0: "main"}
+    if not batches:
+        raise UsageError(
+            f"the graph's inputs have symbolic sizes ({', '.join(sorted(symbols))}) and no batch sizes were given",
+            hint="give --batch 1, or an --input-shape without symbols",
+        )
+    if len(symbols) > 1:
+        raise UsageError(
+            f"the llvm target takes one symbolic size, the batch; the graph has {', '.join(sorted(symbols))}",
+            hint="give --input-shape with one symbol",
+        )
+    return {batch: f"main_{batch}" for batch in batches}
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Turn whatever the toolchain raises into one error of ours."""
+    try:
+        yield
+    except CnnccError:
+        raise
+    except MemoryError as exc:
+        raise BuildFailed(
+            "the compiler ran out of memory", hint="close other programs, or build fewer batches"
+        ) from exc
+    except Exception as exc:  # TVM raises TVMError, ValueError, AssertionError, InternalError and more
+        from cnncc.targets.llvm.support import first_line
+
+        raise BuildFailed(
+            f"TVM failed: {first_line(exc)}",
+            hint="report it with the model; `cnncc export` writes the graph that broke the compiler",
+        ) from exc
+
+
+__all__ = ["ENGINE", "FORMAT", "INSTALL", "LlvmTarget", "abi"]
