@@ -1,0 +1,1 @@
+"""The `cnncc` command: parse, call one library function, render."""

@@ -1,0 +1,119 @@
+"""``cnncc bench``: a bundle beside what its user would pick instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cnncc.cli.main import cache_option, common
+from cnncc.cli.options import open_cache, usable_jobs
+from cnncc.cli.render import MARKS, Render, size_text, time_text
+
+if TYPE_CHECKING:
+    from cnncc.compiler.bench.report import BenchmarkReport, Interval, SubjectResult
+
+
+@click.command(name="bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against", default="ort", show_default=True, help="Peers: ort, torch, torch-channels-last, torch-compile."
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of every engine.  [default: usable cores]")
+@click.option("--rounds", type=click.IntRange(2, 10_000), default=12, show_default=True, help="Interleaved rounds.")
+@click.option("--min-time", type=click.FloatRange(0.01), default=3.0, show_default=True, help="Seconds per engine.")
+@click.option("--batch", type=click.IntRange(1), help="Batch size, where several were built.  [default: the smallest]")
+@click.option(
+    "--max-latency-ratio",
+    "budgets",
+    multiple=True,
+    metavar="PEER=RATIO",
+    help="Exit with 1 when our latency exceeds RATIO times the peer's; repeatable.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report to this JSON file too.")
+@cache_option
+@common
+def command(
+    render: Render,
+    *,
+    bundle: Path,
+    against: str,
+    threads: int | None,
+    rounds: int,
+    min_time: float,
+    batch: int | None,
+    budgets: tuple[str, ...],
+    output: Path | None,
+    cache_dir: Path | None,
+) -> None:
+    """Measure BUNDLE and its peers in interleaved rounds, each engine in a process of its own."""
+    from cnncc.compiler.bench.bundle import bench_bundle
+    from cnncc.compiler.bench.report import check_budget, parse_budgets
+    from cnncc_runtime.bundle import to_plain
+    from cnncc_runtime.digests import canonical_json
+    from cnncc_runtime.files import atomic_file
+
+    limits = parse_budgets(budgets)
+    names = [name for name in against.split(",") if name]
+    report = bench_bundle(
+        bundle,
+        [*names, *(peer for peer in limits if peer not in names)],
+        threads=usable_jobs(threads),
+        rounds=rounds,
+        min_time=min_time,
+        batch=batch or 0,
+        cache=open_cache(cache_dir, render),
+        reporter=render,
+    )
+    if output is not None:
+        with atomic_file(output) as partial:
+            partial.write_bytes(canonical_json(to_plain(report)))
+    render.result(to_plain(report), lambda: _text(render, report))
+    check_budget(report, limits)
+
+
+def _text(render: Render, report: BenchmarkReport) -> None:
+    for ratio in report.ratios:
+        found = ratio.trusted
+        peer = report.subject(ratio.peer)
+        render.line(
+            f"[bold]{found.value:.2f} ×[/] the latency of {peer.title if peer else ratio.peer}: "
+            f"{_verdict(found)}  [dim](95 % interval {found.low:.2f}–{found.high:.2f}, {ratio.basis} time)[/]"
+        )
+    render.line()
+    render.table(
+        ["engine", "version", "p50", "p90", "p99", "per second", "open", "peak RSS", "file"],
+        [_row(subject) for subject in report.subjects],
+        right=list(range(2, 9)),
+    )
+    machine = report.machine
+    render.line()
+    governor = f", governor {machine.governor}" if machine.governor else ""
+    clock = f", {machine.mhz:.0f} MHz" if machine.mhz else ""
+    render.line(f"{machine.model}, {report.threads} of {machine.cores} cores{clock}{governor}, {report.rounds} rounds")
+    for reason in report.noise.reasons:
+        render.line(f"{MARKS['note']} noisy machine: {reason}")
+
+
+def _verdict(found: Interval) -> str:
+    if found.high < 1:
+        return f"{1 / found.value:.2f} × faster"
+    if found.low > 1:
+        return f"{found.value:.2f} × slower"
+    return "a tie"
+
+
+def _row(subject: SubjectResult) -> list[str]:
+    wall = subject.wall
+    return [
+        subject.title,
+        subject.version,
+        time_text(wall.p50 * 1e3),
+        "–" if wall.p90 is None else time_text(wall.p90 * 1e3),
+        "–" if wall.p99 is None else time_text(wall.p99 * 1e3),
+        f"{subject.throughput:,.0f}" if subject.throughput >= 100 else f"{subject.throughput:.1f}",
+        f"{subject.open_s:.2f} s",
+        size_text(subject.peak_resident),
+        size_text(subject.size),
+    ]

@@ -1,0 +1,123 @@
+"""``cnncc compile``: the main job."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cnncc.cli.main import cache_option, common, jobs_option
+from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache, parse_batches, usable_jobs
+from cnncc.cli.render import Render, size_text
+
+if TYPE_CHECKING:
+    from cnncc.compiler.pipeline import Compiled
+
+
+@click.command(name="compile", epilog=MODEL_HELP)
+@model_options
+@click.option("--target", "targets", multiple=True, default=("llvm",), show_default=True, help="See `cnncc targets`.")
+@click.option("--device", "devices", multiple=True, default=("host",), show_default=True, help="Device profile.")
+@click.option("--mtriple", help="LLVM target triple instead of the profile's.")
+@click.option("--mcpu", help="LLVM CPU instead of the profile's: x86-64-v3, cortex-a76, …")
+@click.option("--mattr", default="", help="Features to add or take away: +avx2,-avx512f.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle.  [default: MODEL's name .cnncc]")
+@click.option("--batch", "batch_text", default="", help="Batch sizes to build for, where --input-shape starts with N.")
+@click.option(
+    "--data", default="", help="Real inputs for the parity check: image folder, .npz, package.module:factory."
+)
+@click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data at most.")
+@click.option("--preprocess", default="", help="How images become inputs: imagenet, or FILE.toml.")
+@click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line.")
+@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option("--keep-failed", is_flag=True, help="Keep a bundle whose parity failed, marked as failed.")
+@click.option("--no-reference", is_flag=True, help="Leave the ONNX model out of the bundle: half the size, less proof.")
+@cache_option
+@jobs_option
+@common
+def command(
+    render: Render,
+    *,
+    model: str,
+    weights: Path | None,
+    input_shapes: tuple[str, ...],
+    input_dtypes: tuple[str, ...],
+    targets: tuple[str, ...],
+    devices: tuple[str, ...],
+    mtriple: str | None,
+    mcpu: str | None,
+    mattr: str,
+    output: Path | None,
+    batch_text: str,
+    data: str,
+    samples: int,
+    preprocess: str,
+    labels: Path | None,
+    precision: str,
+    keep_failed: bool,
+    no_reference: bool,
+    cache_dir: Path | None,
+    jobs: int | None,
+) -> None:
+    """Compile MODEL into a bundle: export, build, prove, publish.
+
+    The engine is checked against PyTorch and ONNX Runtime before the bundle appears; an engine that computes
+    something else leaves none. Stages are cached, so a rerun makes only what changed.
+    """
+    from cnncc.calibration.contract import read_labels, read_preprocessing
+    from cnncc.compiler.model_reference import parse_reference
+    from cnncc.compiler.pipeline import CompileRequest, compile
+    from cnncc.targets.devices import resolve_profile
+
+    base = output or Path(f"{parse_reference(model).name}.cnncc")
+    pairs = list(itertools.product(dict.fromkeys(targets), dict.fromkeys(devices)))
+    features = tuple(part for part in mattr.split(",") if part)
+    cache = open_cache(cache_dir, render)
+    results = []
+    for target, device in pairs:
+        request = CompileRequest(
+            model=model_request(model, weights, input_shapes, input_dtypes),
+            profile=resolve_profile(device, mtriple=mtriple, mcpu=mcpu, mattr=features),
+            output=base
+            if len(pairs) == 1
+            else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{device}.cnncc"),
+            target=target,
+            batches=parse_batches(batch_text),
+            data=data,
+            samples=samples,
+            preprocessing=read_preprocessing(preprocess) if preprocess else None,
+            labels=read_labels(labels) if labels else (),
+            keep_failed=keep_failed,
+            reference=not no_reference,
+            jobs=usable_jobs(jobs),
+        )
+        results.append(compile(request, cache=cache, reporter=render))
+    render.result({"bundles": [_document(result) for result in results]}, lambda: _text(render, results))
+
+
+def _document(result: Compiled) -> dict[str, Any]:
+    manifest = result.bundle.manifest
+    return {
+        "bundle": str(result.bundle.path),
+        "digest": result.bundle.digest,
+        "target": manifest.target.name,
+        "device": manifest.target.device,
+        "cpu": manifest.target.cpu,
+        "precision": manifest.precision,
+        "parity": result.parity,
+        "unchanged": result.unchanged,
+        "engine_bytes": manifest.files[manifest.engine.file].size,
+    }
+
+
+def _text(render: Render, results: list[Compiled]) -> None:
+    for result in results:
+        manifest = result.bundle.manifest
+        size = sum(record.size for record in manifest.files.values())
+        state = "unchanged" if result.unchanged else "written"
+        render.line(
+            f"{result.bundle.path}  {state}: {manifest.target.name} {manifest.target.cpu}, {manifest.precision}, "
+            f"parity {result.parity}, {size_text(size)}"
+        )
