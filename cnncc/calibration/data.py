@@ -146,7 +146,9 @@ def _arrays(path: Path, spec: TensorSpec, limit: int, rng: random.Random) -> Ite
 
 def _check_batch(source: str, x: NDArray[Any], y: NDArray[Any] | None) -> None:
     if x.ndim == 0:
-        raise DataRefused(f"{source}: x is a single {x.dtype}, not an array of inputs", hint="one row of x is one input")
+        raise DataRefused(
+            f"{source}: x is a single {x.dtype}, not an array of inputs", hint="one row of x is one input"
+        )
     if y is None:
         return
     if y.ndim != 1 or y.dtype.kind not in "iubf":

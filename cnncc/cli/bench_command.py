@@ -78,8 +78,8 @@ def _text(render: Render, report: BenchmarkReport) -> None:
         found = ratio.trusted
         peer = report.subject(ratio.peer)
         render.line(
-            f"[bold]{found.value:.2f} ×[/] the latency of {peer.title if peer else ratio.peer}: "
-            f"{_verdict(found)}  [dim](95 % interval {found.low:.2f}–{found.high:.2f}, {ratio.basis} time)[/]"
+            f"[bold]{_verdict(found)} {peer.title if peer else ratio.peer}[/]  [dim]latency ratio {found.value:.3g}, "
+            f"95 % interval {found.low:.3g}–{found.high:.3g}, {ratio.basis} time[/]"
         )
     render.line()
     render.table(
@@ -98,10 +98,10 @@ def _text(render: Render, report: BenchmarkReport) -> None:
 
 def _verdict(found: Interval) -> str:
     if found.high < 1:
-        return f"{1 / found.value:.2f} × faster"
+        return f"{1 / found.value:.2f} × faster than"
     if found.low > 1:
-        return f"{found.value:.2f} × slower"
-    return "a tie"
+        return f"{found.value:.2f} × slower than"
+    return "a tie with"
 
 
 def _row(subject: SubjectResult) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,9 +19,6 @@ from rich.table import Table
 from cnncc_runtime.errors import CnnccError
 
 MARKS = {"ok": "[green]✓[/]", "reused": "[cyan]=[/]", "note": "[yellow]![/]", "failed": "[red]✗[/]"}
-
-
-_PIPE_WIDTH = 400
 
 _PIPE_WIDTH = 1000
 """Columns where stdout is no terminal: whoever greps a table wants its rows whole."""
@@ -39,7 +36,7 @@ class Render:
         self.as_json = as_json
         self.verbosity = verbosity
         width = None if sys.stdout.isatty() else _PIPE_WIDTH
-        self.out = _Out(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
+        self.out = _Stdout(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
         self.err = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.notes: list[str] = []
         self._answered = False
@@ -133,7 +130,6 @@ class Render:
         if error.hint:
             self.err.print(f"  [cyan]try:[/] {escape(error.hint)}")
 
-
     def document(self, error: CnnccError, exit_code: int | None = None) -> None:
         """Write a refusal's JSON document, with ``--json`` and unless the command has written its result."""
         if self.as_json and not self._answered:
@@ -158,7 +154,7 @@ class Render:
             _stop_writing()
 
 
-class _Out(Console):
+class _Stdout(Console):
     """Stdout; a reader that has seen enough (``cnncc inspect … | head``) is no failure of the command."""
 
     def on_broken_pipe(self) -> None:
@@ -167,12 +163,9 @@ class _Out(Console):
 
 
 def _stop_writing() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _console(stream: TextIO) -> Console:
-    """Return a console that folds tables to a terminal's width, and to none in a pipe or a file."""
-    return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else _PIPE_WIDTH)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def size_text(size: float) -> str:

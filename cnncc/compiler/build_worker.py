@@ -110,9 +110,7 @@ def engine_to_plain(engine: Engine) -> dict[str, Any]:
 
 def engine_from_plain(plain: dict[str, Any], workdir: Path) -> Engine:
     """Return the engine whose payload lies in a folder."""
-    return msgspec.convert(
-        {**plain, "payload": str(workdir / plain["payload"])}, Engine, dec_hook=_path, strict=False
-    )
+    return msgspec.convert({**plain, "payload": str(workdir / plain["payload"])}, Engine, dec_hook=_path, strict=False)
 
 
 def _path(kind: type, value: Any) -> Any:

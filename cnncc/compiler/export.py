@@ -7,6 +7,7 @@ The exporter's optimizer stays off: it folds and fuses unproven, and cnncc's pas
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,16 +54,17 @@ class Exported:
 
         Raises:
             ExportFailed: There is none, or torch cannot write it.
+            OSError: The file cannot be written.
         """
         if self.program is None:
             raise ExportFailed("an ONNX model has no PyTorch program to save")
         try:
+            archive = io.BytesIO()  # torch's own file writer aborts the process on a full disk
             with quiet():
-                torch.export.save(self.program, path)
-        except OSError:
-            raise
+                torch.export.save(self.program, archive)
         except Exception as exc:  # torch's serializer raises anything
             raise ExportFailed(f"torch cannot save the program: {_first_line(exc)}") from exc
+        path.write_bytes(archive.getbuffer())
 
 
 def export(model: Model) -> Exported:

@@ -14,9 +14,20 @@ from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.verify import Executor, Run, verify_bundle
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions, Profile
-from cnncc_runtime.bundle import REFERENCE, Bundle, Manifest, TargetRecord, read_bundle, write_bundle
-from cnncc_runtime.errors import UsageError
-from cnncc_runtime.files import scratch_folder
+from cnncc_runtime.bundle import (
+    MANIFEST,
+    PARITY,
+    REFERENCE,
+    Bundle,
+    Manifest,
+    TargetRecord,
+    read_bundle,
+    to_plain,
+    write_bundle,
+)
+from cnncc_runtime.digests import canonical_json
+from cnncc_runtime.errors import StorageFailed, UsageError
+from cnncc_runtime.files import atomic_folder, scratch_folder
 from cnncc_runtime.session import engine_mismatch
 
 
@@ -31,6 +42,8 @@ def prove_bundle(
     reporter: Reporter,
 ) -> ParityReport:
     """Verify a bundle's engine against the model stored in the bundle.
+
+    A bundle whose parity was pending (it was built where it could not run) gets the verdict recorded.
 
     Args:
         path: The bundle.
@@ -60,13 +73,32 @@ def prove_bundle(
     found = load_data(data, manifest.inputs, manifest.preprocessing, limit=samples).samples if data else ()
     reporter.stage("verify")
     with ExitStack() as stack:
-        return verify_bundle(
+        report = verify_bundle(
             bundle,
             samples=[sample.feeds for sample in found],
             sample_names=[sample.name for sample in found],
             layers=_layer_engines(bundle, jobs, cache, stack, reporter) if layers else None,
             open_session=EngineProcess,
         )
+    if manifest.parity == "pending":
+        _record(bundle, report, reporter)
+    return report
+
+
+def _record(bundle: Bundle, report: ParityReport, reporter: Reporter) -> None:
+    """Write the verdict into a bundle that was built where it could not run: nothing opens it while it is pending."""
+    verdict = "passed" if report.passed else "failed"
+    files: dict[str, tuple[str, Path | bytes]] = {
+        name: (record.role, bundle.file(name)) for name, record in bundle.manifest.files.items()
+    }
+    files[PARITY] = ("report", canonical_json(to_plain(report)))
+    try:
+        with atomic_folder(bundle.path, marker=MANIFEST) as folder:
+            write_bundle(folder, replace(bundle.manifest, parity=verdict), files)
+    except StorageFailed as exc:
+        reporter.note(f"the bundle's parity stays 'pending', the verdict cannot be recorded: {exc.message}")
+    else:
+        reporter.note(f"the bundle's parity was pending; it is now recorded as '{verdict}'")
 
 
 def _layer_engines(bundle: Bundle, jobs: int, cache: Path, stack: ExitStack, reporter: Reporter) -> Executor:

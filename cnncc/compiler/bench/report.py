@@ -226,7 +226,7 @@ def check_budget(report: BenchmarkReport, budgets: Mapping[str, float]) -> None:
 def _miss(ratio: Ratio, limit: float) -> str:
     found = ratio.trusted
     text = (
-        f"{ratio.subject} takes {found.value:.2f} × the time of {ratio.peer} ({ratio.basis} time, 95 % interval "
-        f"{found.low:.2f} to {found.high:.2f}); allowed is {limit:.2f}"
+        f"{ratio.subject} takes {found.value:.3g} × the time of {ratio.peer} ({ratio.basis} time, 95 % interval "
+        f"{found.low:.3g} to {found.high:.3g}); allowed is {limit:.3g}"
     )
     return text + (", which the interval does not rule out" if found.low <= limit else "")

@@ -110,7 +110,7 @@ RISCV64 = Isa(
     "riscv64",
     ("riscv64-",),
     "riscv64-linux-gnu",
-    "generic-rv64",
+    "sifive-u54",  # rv64gc, what Linux distributions are built for
     tuple(["m", "a", "f", "d", "c", "v", "zba", "zbb", "zbs", "zfh", "zvfh"]),
 )
 

@@ -23,7 +23,7 @@ def _celu(builder: Any, inputs: Any, attrs: dict[str, Any], _opset: int) -> Any:
 
 
 def _swish(_builder: Any, inputs: Any, attrs: dict[str, Any], _opset: int) -> Any:
-    """x · sigmoid(α x), of operator set 24; TVM has none."""
+    """X · sigmoid(α x), of operator set 24; TVM has none."""
     x = inputs[0]
     alpha = relax.const(float(attrs.get("alpha", 1.0)), x.ty.dtype)
     return relax.op.multiply(x, relax.op.sigmoid(relax.op.multiply(x, alpha)))

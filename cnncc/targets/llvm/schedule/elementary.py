@@ -109,8 +109,8 @@ def _exp(scope: _Scope, x: Any) -> Any:
     n = scope.bind(tirx.floor(inside * _f(1.44269504088896341) + _f(0.5)))
     r = scope.bind(inside - n * _f(0.693359375) + n * _f(2.12194440e-4))
     mantissa = scope.bind(_horner(r, _EXP) * (r * r) + r + _f(1.0))
-    whole = scope.bind(n.astype("int32"))
-    half = scope.bind(whole >> tirx.const(1, "int32"))
+    whole = n.astype("int32")  # not named: buffers of one element type stay in registers
+    half = whole >> tirx.const(1, "int32")
     return scope.bind(mantissa * _power_of_two(half) * _power_of_two(whole - half))
 
 

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cnncc.targets.base import Engine, Target
+from cnncc.targets.devices import resolve_profile
+from cnncc.targets.llvm.target import LlvmTarget
+from cnncc_runtime.elf import read_elf
+from cnncc_runtime.errors import UsageError
+from tests.targets.conformance import TargetConformance
+from tests.targets.llvm.running import run_engine
+
+
+class TestLlvmTarget(TargetConformance):
+    @pytest.fixture
+    def target(self) -> Target:
+        return LlvmTarget(resolve_profile())
+
+    def run(self, engine: Engine, entry: str, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        return run_engine(engine.payload, entry, list(feeds.values()))
+
+
+@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
+def test_engines_for_lesser_x86_processors_compute_the_same(cpu: str, tmp_path: Path) -> None:
+    suite = TestLlvmTarget()
+    suite.test_an_engine_computes_what_the_graph_says(
+        LlvmTarget(resolve_profile(mtriple="x86_64-linux-gnu", mcpu=cpu)), tmp_path
+    )
+
+
+BUILD = """
+import hashlib, pathlib, sys
+from cnncc.targets.base import BuildOptions
+from cnncc.targets.devices import resolve_profile
+from cnncc.targets.llvm.target import LlvmTarget
+from tests.targets.conformance import small_graph
+profile = resolve_profile()
+engine = LlvmTarget(profile).build(small_graph(), BuildOptions(profile), pathlib.Path(sys.argv[1]))
+print(hashlib.sha256(engine.payload.read_bytes()).hexdigest())
+"""
+
+
+def test_separate_processes_make_the_same_bytes_and_say_nothing(tmp_path: Path) -> None:
+    digests = []
+    for name in ("one", "another_longer_name"):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD, str(folder)], capture_output=True, text=True, check=True, timeout=120
+        )
+        assert done.stderr == ""
+        digests.append(done.stdout)
+        data = (folder / "engine.so").read_bytes()
+        assert str(tmp_path).encode() not in data
+        assert hashlib.sha256(data).hexdigest() == done.stdout.strip()
+    assert digests[0] == digests[1]
+
+
+def test_an_engine_needs_no_library_by_name(tmp_path: Path) -> None:
+    suite = TestLlvmTarget()
+    target = LlvmTarget(resolve_profile())
+    from tests.targets.conformance import small_graph
+
+    engine = suite.build(target, small_graph(), tmp_path)
+    found = read_elf(engine.payload)
+    assert found.needed == ()
+    assert found.machine == engine.target.machine
+
+
+@pytest.mark.parametrize(
+    ("options", "suggestion"),
+    [
+        ({"name": "hots"}, "host"),
+        ({"mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a77x"}, "cortex-a77"),
+        ({"mattr": ["+avx512fq"]}, "avx512f"),
+        ({"mtriple": "aarch64-apple-macos"}, "aarch64-linux-gnu"),
+        ({"mtriple": "pdp11-linux"}, "known"),
+    ],
+)
+def test_unknown_names_are_refused_with_near_ones(options: dict[str, Any], suggestion: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_profile(**options)
+    assert suggestion in caught.value.hint
+
+
+def test_a_cross_profile_has_the_features_of_its_cpu() -> None:
+    profile = resolve_profile(mtriple="aarch64-linux-gnu", mcpu="cortex-a76")
+    assert {"neon", "dotprod", "fullfp16"} <= set(profile.features)
+
+
+def test_a_feature_that_is_taken_away_is_gone() -> None:
+    assert "avx2" not in resolve_profile(mtriple="x86_64-linux-gnu", mcpu="x86-64-v3", mattr=["-avx2"]).features
+
+
+def test_loading_the_registry_imports_no_compiler() -> None:
+    code = (
+        "import sys, cnncc.targets.registry as r, cnncc.targets.llvm.target; r.target_names(); "
+        "assert not {'tvm', 'torch', 'onnxruntime', 'onnx'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nan_passes_through_relu(tmp_path: Path) -> None:
+    from onnx import helper
+
+    from tests.targets.conformance import graph_of
+
+    graph = graph_of([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 64]}, {"y": [1, 64]})
+    engine = TestLlvmTarget().build(LlvmTarget(resolve_profile()), graph, tmp_path)
+    x = np.full((1, 64), np.nan, "float32")
+    assert np.isnan(run_engine(engine.payload, "main", [x])[0]).all()
