@@ -22,7 +22,6 @@ from cnncc.compiler.pipeline import CompileRequest
 from cnncc.compiler.reporting import Silent
 from cnncc.targets.devices import resolve_profile
 from cnncc_runtime.bundle import to_plain
-from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.errors import CnnccError
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits" / "model.py"
@@ -77,7 +76,7 @@ def measure(model: str, against: list[str], threads: int, rounds: int, min_time:
     cache = Cache(default_cache_folder())
     with tempfile.TemporaryDirectory(prefix="cnncc-peers-") as folder:
         bundle = Path(folder) / "model.cnncc"
-        request = CompileRequest(ModelRequest(model), resolve_profile("host"), bundle, jobs=host_cpu().cores)
+        request = CompileRequest(ModelRequest(model), resolve_profile("host"), bundle)
         compile(request, cache=cache)
         return bench_bundle(
             bundle,

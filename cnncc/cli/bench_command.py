@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cnncc.cli.main import cache_option, common
-from cnncc.cli.options import open_cache, usable_jobs
+from cnncc.cli.options import open_cache, usable_threads
 from cnncc.cli.render import MARKS, Render, size_text, time_text
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def command(
     report = bench_bundle(
         bundle,
         [*names, *(peer for peer in limits if peer not in names)],
-        threads=usable_jobs(threads),
+        threads=usable_threads(threads),
         rounds=rounds,
         min_time=min_time,
         batch=batch or 0,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cnncc.cli.main import cache_option, common, jobs_option
-from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache, parse_batches, usable_jobs
+from cnncc.cli.main import cache_option, common
+from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache, parse_batches
 from cnncc.cli.render import Render, size_text
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle whose parity failed, marked as failed.")
 @click.option("--no-reference", is_flag=True, help="Leave the ONNX model out of the bundle: half the size, less proof.")
 @cache_option
-@jobs_option
 @common
 def command(
     render: Render,
@@ -59,7 +58,6 @@ def command(
     keep_failed: bool,
     no_reference: bool,
     cache_dir: Path | None,
-    jobs: int | None,
 ) -> None:
     """Compile MODEL into a bundle: export, build, prove, publish.
 
@@ -91,7 +89,6 @@ def command(
             labels=read_labels(labels) if labels else (),
             keep_failed=keep_failed,
             reference=not no_reference,
-            jobs=usable_jobs(jobs),
         )
         results.append(compile(request, cache=cache, reporter=render))
     render.result({"bundles": [_document(result) for result in results]}, lambda: _text(render, results))

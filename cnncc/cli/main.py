@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 import cnncc
-from cnncc_runtime.errors import CnnccError, Interrupted, StorageFailed, UsageError
+from cnncc_runtime.errors import CnnccError, EnvironmentMissing, Interrupted, UsageError
 
 COMMANDS = {
     "compile": "Compile a model into verified engine bundles (the main job).",
@@ -167,8 +167,12 @@ def common(function: F) -> F:
             render.error(exc)
             raise click.exceptions.Exit(exc.exit_code) from exc
         except MemoryError as exc:
-            render.error(StorageFailed("the machine ran out of memory", hint="close other programs, or use --jobs 1"))
-            raise click.exceptions.Exit(StorageFailed.exit_code) from exc
+            render.error(
+                EnvironmentMissing(
+                    "the machine ran out of memory", hint="close other programs, or use a larger machine"
+                )
+            )
+            raise click.exceptions.Exit(EnvironmentMissing.exit_code) from exc
         except (click.exceptions.ClickException, click.exceptions.Exit):
             raise
         except Exception as exc:
@@ -195,13 +199,6 @@ def cache_option(function: F) -> F:
         "--cache-dir",
         type=click.Path(file_okay=False, path_type=Path),
         help="Where stages are cached.  [default: $CNNCC_CACHE_DIR or the user's cache folder]",
-    )(function)
-
-
-def jobs_option(function: F) -> F:
-    """Add ``--jobs``."""
-    return click.option(
-        "-j", "--jobs", type=click.IntRange(1, 1024), default=None, help="Parallel work.  [default: usable cores]"
     )(function)
 
 

@@ -68,11 +68,11 @@ def open_cache(folder: Path | None, render: Render) -> Cache:
     return Cache(folder or default_cache_folder(), render.note)
 
 
-def usable_jobs(jobs: int | None) -> int:
-    """Return ``--jobs``, or the usable cores."""
+def usable_threads(threads: int | None) -> int:
+    """Return ``--threads``, or the usable cores."""
     from cnncc_runtime.cpu import host_cpu
 
-    return jobs or host_cpu().cores
+    return threads or host_cpu().cores
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cnncc.cli.main import cache_option, common, jobs_option
-from cnncc.cli.options import open_cache, usable_jobs
+from cnncc.cli.main import cache_option, common
+from cnncc.cli.options import open_cache
 from cnncc.cli.render import MARKS, Render
 
 if TYPE_CHECKING:
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 @click.option("--data", default="", help="Real inputs: image folder, .npz, package.module:factory.")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data at most.")
 @cache_option
-@jobs_option
 @common
-def command(
-    render: Render, *, bundle: Path, layers: bool, data: str, samples: int, cache_dir: Path | None, jobs: int | None
-) -> None:
+def command(render: Render, *, bundle: Path, layers: bool, data: str, samples: int, cache_dir: Path | None) -> None:
     """Check that BUNDLE's engine computes what its model computes.
 
     The truth is the model in float64; the tolerance is a multiple of the error that float32 itself makes. Exits with
@@ -40,7 +37,6 @@ def command(
         data=data,
         samples=samples,
         layers=layers,
-        jobs=usable_jobs(jobs),
         cache=open_cache(cache_dir, render).folder,
         reporter=render,
     )

@@ -49,7 +49,7 @@ def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) 
         "target": target,
         "graph": str(graph.resolve()),
         "workdir": str(workdir.resolve()),
-        "options": to_plain({"profile": options.profile, "batches": options.batches, "jobs": options.jobs}),
+        "options": to_plain({"profile": options.profile, "batches": options.batches}),
     }
     with _child(workdir) as child:
         assert child.stdin is not None and child.stdout is not None
@@ -95,7 +95,7 @@ def _crash(target: str, code: int, log: Path) -> BuildFailed:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
     hint = (
-        "the machine may be out of memory: use --jobs 1 or a larger machine"
+        "the machine may be out of memory: close other programs, or use a larger machine"
         if code == -signal.SIGKILL
         else ("report it with the model; --verbose shows the compiler's own words")
     )
@@ -138,7 +138,6 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
             BuildOptions(
                 options.profile,
                 options.batches,
-                options.jobs,
                 lambda what, fraction: send(progress=[what, fraction]),
             ),
             Path(request["workdir"]),
@@ -151,7 +150,6 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
 class _Options(msgspec.Struct, frozen=True):
     profile: Profile
     batches: tuple[int, ...]
-    jobs: int
 
 
 def main() -> None:

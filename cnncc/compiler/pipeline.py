@@ -80,7 +80,6 @@ class CompileRequest:
         labels: Replaces the class names that stand beside the model.
         keep_failed: Keep a bundle whose parity failed, marked so.
         reference: Store the cleaned ONNX in the bundle, for `verify` and `bench`.
-        jobs: Parallel work.
     """
 
     model: ModelRequest
@@ -94,7 +93,6 @@ class CompileRequest:
     labels: tuple[str, ...] = ()
     keep_failed: bool = False
     reference: bool = True
-    jobs: int = 1
 
 
 @dataclass(frozen=True)
@@ -301,7 +299,7 @@ def _build_stage(clean: Stage, target: Target, request: CompileRequest, cache: C
         batches=request.batches,
         tools={**_tools(), **target.toolchain()},
     )
-    options = BuildOptions(target.profile, request.batches, request.jobs, reporter.progress)
+    options = BuildOptions(target.profile, request.batches, reporter.progress)
 
     def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
         engine = build_apart(target.name, clean.file("cleaned.onnx"), options, folder)

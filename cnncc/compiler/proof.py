@@ -26,6 +26,7 @@ from cnncc_runtime.bundle import (
     write_bundle,
 )
 from cnncc_runtime.digests import canonical_json
+from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.errors import StorageFailed, UsageError
 from cnncc_runtime.files import atomic_folder, scratch_folder
 from cnncc_runtime.session import engine_mismatch
@@ -37,7 +38,6 @@ def prove_bundle(
     data: str = "",
     samples: int = 32,
     layers: bool = False,
-    jobs: int = 1,
     cache: Path,
     reporter: Reporter,
 ) -> ParityReport:
@@ -50,7 +50,6 @@ def prove_bundle(
         data: DATA for real inputs; seeded random ones where empty.
         samples: Real inputs at most.
         layers: Whether to compare layer by layer too; builds the engine again with every layer as an output.
-        jobs: Parallel work.
         cache: A folder for scratch work.
         reporter: Told of progress.
 
@@ -77,7 +76,7 @@ def prove_bundle(
             bundle,
             samples=[sample.feeds for sample in found],
             sample_names=[sample.name for sample in found],
-            layers=_layer_engines(bundle, jobs, cache, stack, reporter) if layers else None,
+            layers=_layer_engines(bundle, cache, stack, reporter) if layers else None,
             open_session=EngineProcess,
         )
     if manifest.parity == "pending":
@@ -101,14 +100,14 @@ def _record(bundle: Bundle, report: ParityReport, reporter: Reporter) -> None:
         reporter.note(f"the bundle's parity was pending; it is now recorded as '{verdict}'")
 
 
-def _layer_engines(bundle: Bundle, jobs: int, cache: Path, stack: ExitStack, reporter: Reporter) -> Executor:
+def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Reporter) -> Executor:
     """Return what builds an engine of a graph for the bundle's own target, and opens it until the stack unwinds."""
 
     def build(graph: OnnxGraph) -> Run:
         folder = stack.enter_context(scratch_folder(cache))
         path = folder / "layers.onnx"
         path.write_bytes(graph.serialized)
-        options = BuildOptions(_profile(bundle.manifest.target, jobs), bundle.manifest.batches, jobs, reporter.progress)
+        options = BuildOptions(_profile(bundle.manifest.target, host_cpu().cores), bundle.manifest.batches, reporter.progress)
         engine = build_apart(bundle.manifest.target.name, path, options, folder)
         trial = folder / "layers.cnncc"
         trial.mkdir()

@@ -87,13 +87,11 @@ class BuildOptions:
     Attributes:
         profile: The device.
         batches: Batch sizes to build for; empty when the graph's shapes are all static.
-        jobs: Processes or threads that the build may use.
         progress: Told how far the build is.
     """
 
     profile: Profile
     batches: tuple[int, ...] = ()
-    jobs: int = 1
     progress: Progress = field(default=_no_progress, compare=False)
 
 

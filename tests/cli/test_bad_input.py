@@ -163,7 +163,6 @@ FLAGS = {
     "a batch of nothing": (["--batch", "0"], 2, "--batch 0", "--batch 1,8"),
     "batches of a fixed shape": (["--batch", "1,8"], 2, "needs a symbolic batch", "--input-shape N,3,224,224"),
     "a symbolic batch without sizes": (["--input-shape", "N,3,28,28"], 2, "symbolic batch", "--batch 1,8"),
-    "no jobs": (["--jobs", "0"], 2, "0 is not in the range", ""),
     "no samples": (["--samples", "0"], 2, "0 is not in the range", ""),
     "an unknown preprocessing": (["--preprocess", "imagnet"], 2, "'imagnet' is no preprocessing preset", "imagenet"),
     "a preprocessing that is not there": (["--preprocess", "gone.toml"], 4, "gone.toml", "size"),

@@ -33,7 +33,7 @@ LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.
 
 
 def compiled(model: ModelRequest, folder: Path) -> Compiled:
-    request = CompileRequest(model, resolve_profile("host"), folder / "model.cnncc", jobs=2)
+    request = CompileRequest(model, resolve_profile("host"), folder / "model.cnncc")
     return compile(request, cache=Cache(folder / "cache"))
 
 
