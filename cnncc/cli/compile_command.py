@@ -66,31 +66,32 @@ def command(
     """
     from cnncc.calibration.contract import read_labels, read_preprocessing
     from cnncc.compiler.model_reference import parse_reference
-    from cnncc.compiler.pipeline import CompileRequest, compile
+    from cnncc.compiler.pipeline import CompileRequest, compile_all
     from cnncc.targets.devices import resolve_profile
 
     base = output or Path(f"{parse_reference(model).name}.cnncc")
     pairs = list(itertools.product(dict.fromkeys(targets), dict.fromkeys(devices)))
     features = tuple(part for part in mattr.split(",") if part)
-    cache = open_cache(cache_dir, render)
-    results = []
+    requests = []
     for target, device in pairs:
-        request = CompileRequest(
-            model=model_request(model, weights, input_shapes, input_dtypes),
-            profile=resolve_profile(device, mtriple=mtriple, mcpu=mcpu, mattr=features),
-            output=base
-            if len(pairs) == 1
-            else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{device}.cnncc"),
-            target=target,
-            batches=parse_batches(batch_text),
-            data=data,
-            samples=samples,
-            preprocessing=read_preprocessing(preprocess) if preprocess else None,
-            labels=read_labels(labels) if labels else (),
-            keep_failed=keep_failed,
-            reference=not no_reference,
+        requests.append(
+            CompileRequest(
+                model=model_request(model, weights, input_shapes, input_dtypes),
+                profile=resolve_profile(device, mtriple=mtriple, mcpu=mcpu, mattr=features),
+                output=base
+                if len(pairs) == 1
+                else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{device}.cnncc"),
+                target=target,
+                batches=parse_batches(batch_text),
+                data=data,
+                samples=samples,
+                preprocessing=read_preprocessing(preprocess) if preprocess else None,
+                labels=read_labels(labels) if labels else (),
+                keep_failed=keep_failed,
+                reference=not no_reference,
+            )
         )
-        results.append(compile(request, cache=cache, reporter=render))
+    results = compile_all(requests, cache=open_cache(cache_dir, render), reporter=render)
     render.result({"bundles": [_document(result) for result in results]}, lambda: _text(render, results))
 
 

@@ -33,8 +33,8 @@ EXIT_CODES = """\b
 Exit codes:
   0    done
   1    a check failed (parity, budget)
-  2    usage: a flag, an argument or an output path
-  3    this machine lacks something (target, package, disk space)
+  2    usage: a flag, an argument, or an output path that is taken
+  3    this machine lacks something (target, package, disk space, a folder to write in)
   4    the model, its weights, the data or the bundle was refused
   5    the toolchain failed
   130  interrupted; nothing was left behind (143 when terminated)

@@ -16,7 +16,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ from cnncc_runtime.bundle import (
 )
 from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.digests import canonical_json, digest_file, digest_json
-from cnncc_runtime.errors import BundleRefused, ModelRefused, ParityFailed, UsageError, WeightsRefused
+from cnncc_runtime.errors import BundleRefused, CnnccError, ModelRefused, ParityFailed, UsageError, WeightsRefused
 from cnncc_runtime.files import atomic_file, atomic_folder, storage_errors, sweep
 from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.session import engine_mismatch
@@ -149,6 +149,31 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
             hint=f"`cnncc verify {request.output} --layers` finds the layer",
         )
     return compiled
+
+
+def compile_all(
+    requests: Sequence[CompileRequest], *, cache: Cache | None = None, reporter: Reporter | None = None
+) -> list[Compiled]:
+    """Compile a model for several targets or devices: one export, many engines.
+
+    Every output path is checked before any work is done. A failure ends the rest; what was finished stays, and the
+    reporter is told.
+
+    Raises:
+        CnnccError: As `compile`.
+    """
+    reporter = reporter or Silent()
+    for request in requests:
+        check_output(request.output)
+    done: list[Compiled] = []
+    try:
+        for request in requests:
+            done.append(compile(request, cache=cache, reporter=reporter))
+    except CnnccError:
+        if done:
+            reporter.note(f"finished before the failure: {', '.join(str(result.bundle.path) for result in done)}")
+        raise
+    return done
 
 
 @dataclass(frozen=True)

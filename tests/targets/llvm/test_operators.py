@@ -63,6 +63,9 @@ CASES: dict[str, Case] = {
     "resize linear half pixel": ("Resize", [X, None, floats(1, 1, 2, 2)], {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}),
     "resize linear half pixel down": ("Resize", [X, None, None, ints(1, 6, 5, 7)], {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}),
     "resize linear align corners": ("Resize", [X, None, None, ints(1, 6, 20, 17)], {"mode": "linear", "coordinate_transformation_mode": "align_corners"}),
+    "resize cubic": ("Resize", [X, None, None, ints(1, 6, 20, 17)], {"mode": "cubic", "cubic_coeff_a": -0.75, "coordinate_transformation_mode": "half_pixel"}),
+    "resize cubic align corners": ("Resize", [X, None, None, ints(1, 6, 20, 17)], {"mode": "cubic", "cubic_coeff_a": -0.75, "coordinate_transformation_mode": "align_corners"}),
+    "resize nearest half pixel": ("Resize", [X, None, None, ints(1, 6, 20, 17)], {"mode": "nearest", "coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_floor"}),
     "batch normalization": ("BatchNormalization", [X, const(6), const(6), const(6), np.abs(const(6)) + 1], {}),
     "instance normalization": ("InstanceNormalization", [X, const(6), const(6)], {}),
     "group normalization": ("GroupNormalization", [X, const(6), const(6)], {"num_groups": 3}),
@@ -161,3 +164,16 @@ def test_an_operator_computes_what_onnx_runtime_computes(name: str, tmp_path: Pa
     want = Reference(graph).run(feeds)["y"]
     assert got.shape == want.shape and got.dtype == want.dtype
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6 * max(1.0, float(np.abs(want).max())))
+
+
+def test_swish_of_operator_set_24_computes_what_onnx_runtime_computes(tmp_path: Path) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, X) for name in ("x", "y")]
+    body = helper.make_graph(
+        [helper.make_node("Swish", ["x"], ["y"], name="swish", alpha=1.3)], "g", *[[v] for v in values]
+    )
+    graph = OnnxGraph(helper.make_model(body, opset_imports=[helper.make_opsetid("", 24)], ir_version=10))
+    profile = resolve_profile()
+    engine = LlvmTarget(profile).build(graph, BuildOptions(profile), tmp_path)
+    feeds = feeds_of(graph)
+    (got,) = run_engine(engine.payload, "main", list(feeds.values()))
+    np.testing.assert_allclose(got, Reference(graph).run(feeds)["y"], rtol=2e-5, atol=2e-6)
