@@ -9,7 +9,6 @@ stderr go to a log that is shown when it dies.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -22,13 +21,13 @@ from typing import IO, Any
 
 import msgspec
 
+from cnncc.compiler.child import die_with, how_it_ended
 from cnncc.targets.base import BuildOptions, Engine, Profile
 from cnncc_runtime import errors
 from cnncc_runtime.bundle import to_plain
 from cnncc_runtime.errors import BuildFailed, CnnccError
 
 _LOG = "build.log"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) -> Engine:
@@ -92,14 +91,13 @@ def _child(workdir: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _crash(target: str, code: int, log: Path) -> BuildFailed:
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
     hint = (
         "the machine may be out of memory: close other programs, or use a larger machine"
         if code == -signal.SIGKILL
         else ("report it with the model; --verbose shows the compiler's own words")
     )
-    return BuildFailed(f"the {target} compiler {how}" + (": " + " | ".join(tail) if tail else ""), hint=hint)
+    return BuildFailed(f"the {target} compiler {how_it_ended(code)}" + (": " + " | ".join(tail) if tail else ""), hint=hint)
 
 
 def engine_to_plain(engine: Engine) -> dict[str, Any]:
@@ -154,9 +152,7 @@ class _Options(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Answer one request; the argument is the parent's process id."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):  # the parent died before the line above
-        raise SystemExit(1)
+    die_with(int(sys.argv[1]))
     with os.fdopen(os.dup(1), "wb") as events:
         os.dup2(2, 1)  # whatever a compiler prints goes to the log
         _work(json.loads(sys.stdin.buffer.readline()), events)

@@ -20,6 +20,7 @@ from typing import IO
 
 import numpy as np
 
+from cnncc.compiler.child import die_with, how_it_ended
 from cnncc_runtime import errors
 from cnncc_runtime.errors import CnnccError, RunFailed
 from cnncc_runtime.specs import Feeds, Tensors
@@ -41,8 +42,9 @@ class EngineProcess:
     """
 
     def __init__(self, bundle: Path, *, threads: int | None = None) -> None:
+        arguments = [str(os.getpid()), str(bundle.resolve()), str(threads or 0)]
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "cnncc.compiler.engine_process", str(bundle.resolve()), str(threads or 0)],
+            [sys.executable, "-m", "cnncc.compiler.engine_process", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -80,8 +82,8 @@ class EngineProcess:
 
     def _crash(self) -> RunFailed:
         code = self._child.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return RunFailed(f"the engine's process {how}", hint="this engine is broken: compile again, and report it")
+        hint = "this engine is broken: compile again, and report it"
+        return RunFailed(f"the engine's process {how_it_ended(code)}", hint=hint)
 
     def close(self) -> None:
         """End the process."""
@@ -139,7 +141,8 @@ def _error_from(body: bytes) -> CnnccError:
 
 
 def main() -> None:
-    """Serve one bundle: ``engine_process BUNDLE THREADS`` (0: the default)."""
+    """Serve one bundle: ``engine_process PARENT BUNDLE THREADS`` (0: the default)."""
+    die_with(int(sys.argv[1]))
     import cnncc_runtime
 
     requests = sys.stdin.buffer
@@ -147,7 +150,7 @@ def main() -> None:
         os.dup2(2, 1)
         try:
             with cnncc_runtime.open(
-                Path(sys.argv[1]), threads=int(sys.argv[2]) or None, allow_unverified=True
+                Path(sys.argv[2]), threads=int(sys.argv[3]) or None, allow_unverified=True
             ) as session:
                 _send(replies, _ARRAYS, _pack({}))
                 while (message := _receive(requests))[0]:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from cnncc.compiler.child import how_it_ended
 from cnncc.compiler.bench.protocol import Command, Failed, Reply, Stop, Stopped
 from cnncc_runtime import errors
 from cnncc_runtime.errors import CnnccError, RunFailed
@@ -161,8 +162,7 @@ class WorkerProcess:
                 where=self._tail(),
                 hint="measure a smaller model, fewer peers, or on a machine with more memory",
             )
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return RunFailed(f"{self._name} {how} while it was measured", where=self._tail(), hint=hint)
+        return RunFailed(f"{self._name} {how_it_ended(code)} while it was measured", where=self._tail(), hint=hint)
 
     def _error(self, reply: Failed) -> CnnccError:
         kind = getattr(errors, reply.error, RunFailed)

@@ -5,7 +5,7 @@ It imports one library only, speaks `cnncc.compiler.bench.protocol` on stdin and
 
 from __future__ import annotations
 
-import ctypes
+
 import gc
 import importlib
 import os
@@ -35,9 +35,9 @@ from cnncc.compiler.bench.protocol import (
     Warm,
 )
 from cnncc.compiler.bench.statistics import settled
+from cnncc.compiler.child import die_with
 from cnncc_runtime.errors import CnnccError
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _LEAST_WARM_UP_S = 0.3
 """Clocks take tens of milliseconds to rise under load; a warm-up shorter than this may settle before they do."""
@@ -156,17 +156,6 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
         sink.flush()
         if isinstance(reply, Failed | Stopped):
             return
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, even while it is stopped.
-
-    Args:
-        parent: Process id of the parent; if it is gone already, this process ends now.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def main() -> None:

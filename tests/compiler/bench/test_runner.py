@@ -148,7 +148,7 @@ class TestFailures:
         ("adapter", "error", "words"),
         [
             ("Late", RunFailed, "late: ValueError: shapes do not match"),
-            ("Crashes", RunFailed, "crashes was ended by SIGSEGV"),
+            ("Crashes", RunFailed, "crashes was killed by SIGSEGV"),
             ("Killed", RunFailed, "killed was killed, most likely because memory ran out"),
             ("Exits", RunFailed, "exits ended with exit code 7"),
             ("OutOfMemory", RunFailed, "outofmemory: memory ran out"),
