@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,6 +26,9 @@ from cnncc.targets.base import BuildOptions, Engine, Profile
 from cnncc_runtime import errors
 from cnncc_runtime.bundle import to_plain
 from cnncc_runtime.errors import BuildFailed, CnnccError
+
+if TYPE_CHECKING:
+    from cnncc.graph.onnx_graph import OnnxGraph
 
 _LOG = "build.log"
 
@@ -137,12 +140,21 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
                 options.profile,
                 options.batches,
                 lambda what, fraction: send(progress=[what, fraction]),
+                _specialize,
             ),
             Path(request["workdir"]),
         )
         send(engine=engine_to_plain(engine))
     except CnnccError as exc:
         send(error={"type": type(exc).__name__, "message": exc.message, "where": exc.where, "hint": exc.hint})
+
+
+def _specialize(graph: OnnxGraph, batch: int) -> OnnxGraph:
+    """Bind the batch and clean again: shape arithmetic is constant now. The engine's parity proves every size."""
+    from cnncc.compiler.passes.pipeline import clean
+    from cnncc.graph.reader import bind_batch
+
+    return clean(bind_batch(graph, batch), prove=False)[0]
 
 
 class _Options(msgspec.Struct, frozen=True):

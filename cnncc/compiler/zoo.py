@@ -43,11 +43,10 @@ def build(zoo: str, name: str) -> ZooModel:
         DependencyMissing: The zoo is not installed.
     """
     with quiet():
-        if zoo == "torchvision":
-            define_torchvision_schemas()
+        define_torchvision_schemas()  # timm imports torchvision too
         try:
             library = importlib.import_module("torchvision.models" if zoo == "torchvision" else "timm")
-        except ImportError as exc:
+        except (ImportError, RuntimeError) as exc:  # RuntimeError: built for another torch
             raise DependencyMissing(f"{zoo} cannot be imported: {exc}", hint="pip install 'cnncc[zoo]'") from exc
         names: list[str] = library.list_models()
         if name not in names:

@@ -15,6 +15,9 @@ _SMALL = 1024
 """Elements of a constant that inference may need the values of: shapes, axes, pads, scales."""
 
 
+_INVENTED = "unk__"
+"""How onnx's shape inference begins the names that it makes up (onnx/defs/shape_inference.h)."""
+
 _PACKED = (int(onnx.TensorProto.UINT4), int(onnx.TensorProto.INT4), int(onnx.TensorProto.FLOAT4E2M1))
 """Element types of four bits, two to a byte."""
 
@@ -98,7 +101,22 @@ def infer(proto: onnx.ModelProto) -> tuple[dict[str, onnx.ValueInfoProto], list[
             f"the model's shapes contradict each other: {reason(exc)}",
             hint="check the model with onnx.checker.check_model(path, full_check=True)",
         ) from exc
-    return {value.name: value for value in inferred.graph.value_info}, list(inferred.graph.output)
+    values, outputs = list(inferred.graph.value_info), list(inferred.graph.output)
+    for value in (*values, *outputs):
+        _forget_invented(value.type)
+    return {value.name: value for value in values}, outputs
+
+
+def _forget_invented(kind: onnx.TypeProto) -> None:
+    """Make sizes unknown that onnx named itself: it gives one name to all parts of a sequence.
+
+    ONNX Runtime believes that equal names are equal sizes, and reuses buffers by them.
+    """
+    while kind.HasField("sequence_type"):
+        kind = kind.sequence_type.elem_type
+    for dim in kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ():
+        if dim.dim_param.startswith(_INVENTED):
+            dim.ClearField("dim_param")
 
 
 def reason(exc: Exception) -> str:

@@ -76,6 +76,16 @@ class NodeIssue:
         return f"{self.module} ({self.op} '{self.node}'): {self.reason}"
 
 
+Specialize = Callable[["OnnxGraph", int], "OnnxGraph"]
+"""Returns a graph for one batch size, what became constant folded."""
+
+
+def _bind_batch(graph: OnnxGraph, batch: int) -> OnnxGraph:
+    from cnncc.graph.reader import bind_batch
+
+    return bind_batch(graph, batch)
+
+
 def _no_progress(_what: str, _fraction: float) -> None:
     return None
 
@@ -88,11 +98,14 @@ class BuildOptions:
         profile: The device.
         batches: Batch sizes to build for; empty when the graph's shapes are all static.
         progress: Told how far the build is.
+        specialize: Makes the graph of one batch size; the compiler hands in its passes, since targets may not import
+            them. By default the batch is bound and nothing is folded.
     """
 
     profile: Profile
     batches: tuple[int, ...] = ()
     progress: Progress = field(default=_no_progress, compare=False)
+    specialize: Specialize = field(default=_bind_batch, compare=False)
 
 
 @dataclass(frozen=True)

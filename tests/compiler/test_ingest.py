@@ -462,3 +462,17 @@ def test_references_are_parsed_without_torch() -> None:
         "assert not {'torch', 'onnx', 'numpy.random'} & set(sys.modules) - {'numpy.random'}, 'torch came along'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["timm:test_resnet", "torchvision:squeezenet1_1"])
+def test_a_zoo_is_imported_in_a_fresh_process(model: str) -> None:
+    """In this process another test may have imported torchvision already, with its operators declared."""
+    script = (
+        "from cnncc.compiler.ingest import ingest\n"
+        "from cnncc.compiler.model_reference import ModelRequest\n"
+        f"print(ingest(ModelRequest({model!r})).inputs[0].shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(1, 3, ")

@@ -34,13 +34,12 @@ class Compiled:
 
 
 def compile_graph(
-    graph: OnnxGraph, entries: Mapping[int, str], profile: Profile, folder: Path, progress: Progress
+    graphs: Mapping[str, OnnxGraph], profile: Profile, folder: Path, progress: Progress
 ) -> Compiled:
-    """Compile a graph once per entry into one set of objects.
+    """Compile graphs into one set of objects.
 
     Args:
-        graph: The graph.
-        entries: Batch size → name of the function to make; ``0`` for a graph without symbols.
+        graphs: Name of the function to make → its graph, of static shapes.
         profile: What to compile for.
         folder: Where the objects go.
         progress: Told what is done.
@@ -48,19 +47,18 @@ def compile_graph(
     Raises:
         UnsupportedGraph: Lists every refused node.
     """
-    symbols = {symbol for spec in graph.inputs for symbol in spec.symbols}
     functions: dict[Any, Any] = {}
-    for position, (batch, entry) in enumerate(entries.items()):
-        progress("import", position / len(entries))
-        module = import_graph(graph, dict.fromkeys(symbols, batch), entry)
+    for position, (entry, graph) in enumerate(graphs.items()):
+        progress("import", position / len(graphs))
+        module = import_graph(graph, entry)
         functions.update(dict(module.functions_items()))
     progress("import", 1.0)
     target = tvm.target.Target(target_options(profile))
     machine = machine_of(profile)
     with quiet():
-        lowered = lower(tvm.IRModule(functions), list(entries.values()), target, machine, progress)
+        lowered = lower(tvm.IRModule(functions), list(graphs), target, machine, progress)
         progress("generate code", 0.0)
         objects = write_objects(lowered.module, target, folder)
     progress("generate code", 1.0)
-    first = next(iter(entries.values()))
+    first, graph = next(iter(graphs.items()))
     return Compiled(objects, layer_records(graph, lowered.calls[first], lowered.rules))

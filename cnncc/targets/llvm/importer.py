@@ -19,6 +19,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
+from cnncc.graph.reader import bind_batch
 from cnncc.targets.base import NodeIssue
 from cnncc.targets.llvm.converters import CONVERTERS
 from cnncc.targets.llvm.quiet import quiet
@@ -35,12 +36,11 @@ def node_index(var: Any) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def import_graph(graph: OnnxGraph, sizes: Mapping[str, int], entry: str) -> Any:
+def import_graph(graph: OnnxGraph, entry: str) -> Any:
     """Convert an ONNX graph to a Relax module with one function.
 
     Args:
-        graph: The graph; weights become constants of the function.
-        sizes: Symbolic dimension → size; every symbol of the inputs must be there.
+        graph: The graph, of static shapes; weights become constants of the function.
         entry: Name of the function.
 
     Returns:
@@ -51,8 +51,7 @@ def import_graph(graph: OnnxGraph, sizes: Mapping[str, int], entry: str) -> Any:
     """
     if issues := static_issues(graph):
         raise refusal(issues)
-    shapes = {spec.name: list(spec.bind(sizes).shape) for spec in graph.inputs}
-    importer = _Importer(graph, sizes, shapes)
+    importer = _Importer(graph)
     with quiet():
         module = importer.run()
     if importer.issues:
@@ -90,10 +89,9 @@ def refusal(issues: tuple[NodeIssue, ...]) -> UnsupportedGraph:
 class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     """TVM's importer, which names bindings, prefers our converters and goes on after a refused node."""
 
-    def __init__(self, graph: OnnxGraph, sizes: Mapping[str, int], shapes: dict[str, list[int | str]]) -> None:
-        super().__init__(shapes, None, sanitize=False)
+    def __init__(self, graph: OnnxGraph) -> None:
+        super().__init__({spec.name: list(spec.shape) for spec in graph.inputs}, None, sanitize=False)
         self._graph = graph
-        self._sizes = sizes
         self._index = 0
         self._stand_ins: dict[str, onnx.ValueInfoProto] | None = None
         self.issues: list[NodeIssue] = []
@@ -139,12 +137,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
 
     def _known_types(self) -> dict[str, onnx.ValueInfoProto]:
         if self._stand_ins is None:
-            proto = self._graph.copy_proto()
-            for value in proto.graph.input:
-                for dim in value.type.tensor_type.shape.dim:
-                    if dim.HasField("dim_param") and dim.dim_param in self._sizes:
-                        dim.dim_value = self._sizes[dim.dim_param]
-            inferred = onnx.shape_inference.infer_shapes(proto)
+            inferred = onnx.shape_inference.infer_shapes(self._graph.proto)
             self._stand_ins = {value.name: value for value in (*inferred.graph.value_info, *inferred.graph.output)}
         return self._stand_ins
 
@@ -157,9 +150,9 @@ def unconvertible(graph: OnnxGraph) -> tuple[NodeIssue, ...]:
     """
     if issues := static_issues(graph):
         return issues
-    symbols = {symbol: 1 for spec in graph.inputs for symbol in spec.symbols}
-    shapes = {spec.name: list(spec.bind(symbols).shape) for spec in graph.inputs}
-    importer = _Importer(graph, symbols, shapes)
+    if any(spec.symbols for spec in graph.inputs):
+        graph = bind_batch(graph, 1)
+    importer = _Importer(graph)
     try:
         with quiet():
             importer.run()

@@ -92,7 +92,7 @@ class LlvmTarget:
         with _failures():
             from cnncc.targets.llvm.compile import compile_graph
 
-            compiled = compile_graph(graph, entries, profile, workdir, options.progress)
+            compiled = compile_graph(_graphs(graph, entries, options), profile, workdir, options.progress)
             options.progress("link", 0.0)
             payload = workdir / ENGINE
             link(linker, machine, compiled.objects, payload)
@@ -139,6 +139,11 @@ def _import_problem() -> str:
     except Exception as exc:  # a broken installation raises OSError, ImportError, RuntimeError or what it likes
         return f"apache-tvm does not load: {str(exc).splitlines()[0] if str(exc) else type(exc).__name__}"
     return "" if major else "this apache-tvm was built without LLVM"
+
+
+def _graphs(graph: OnnxGraph, entries: dict[int, str], options: BuildOptions) -> dict[str, OnnxGraph]:
+    """Return entry → graph of static shapes."""
+    return {entry: options.specialize(graph, batch) if batch else graph for batch, entry in entries.items()}
 
 
 def _entries(graph: OnnxGraph, batches: tuple[int, ...]) -> dict[int, str]:
