@@ -181,10 +181,6 @@ class Draft:
         """Add or replace a constant."""
         self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
 
-    def keep_nodes(self, keep: Callable[[onnx.NodeProto], bool]) -> None:
-        """Drop the nodes that the predicate refuses."""
-        self.nodes[:] = [node for node in self.nodes if keep(node)]
-
     def drop(self, nodes: Iterable[onnx.NodeProto]) -> None:
         """Drop these nodes."""
         gone = {id(node) for node in nodes}
