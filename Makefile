@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 # A machine without any linker gets one from PyPI.
 EXTRAS := dev$(shell command -v ld.lld ld cc >/dev/null || echo ',cross')
 
-.PHONY: help setup demo test lint check bench zoo clean
+EXECUTORCH := $(VENV)/executorch
+EXECUTORCH_PYTHON = $(if $(wildcard $(EXECUTORCH)/bin/python),CNNCC_BENCH_PYTHON_EXECUTORCH=$(abspath $(EXECUTORCH)/bin/python))
+
+.PHONY: help setup demo test lint check bench executorch zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,7 +18,8 @@ help:
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
 	@echo 'make test    the whole test suite'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
-	@echo 'make bench   benchmarks against peers'
+	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
+	@echo 'make executorch   an environment for one more peer'
 	@echo 'make zoo     every architecture, light and heavy'
 	@echo 'make clean   remove .venv and build outputs'
 
@@ -43,8 +47,19 @@ lint: setup
 check: lint
 	$(BIN)/pytest -q -m 'not slow and not zoo'
 
-bench: setup
-	$(BIN)/python benchmarks/peers.py
+# BENCH passes arguments on: make bench BENCH='resnet18 unet --threads 1 --repeat 3 --output build/peers.json'
+bench: setup $(VENV)/.peers
+	$(EXECUTORCH_PYTHON) $(BIN)/python benchmarks/peers.py $(BENCH)
+
+$(VENV)/.peers: pyproject.toml | setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]' || \
+	    echo 'not every peer could be installed: the table will name those that are missing'
+	touch $@
+
+# ExecuTorch's packages do not go with ours: it is measured where this was made once
+executorch: setup
+	$(PYTHON) -m venv $(EXECUTORCH)
+	$(EXECUTORCH)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 executorch==1.5.1 msgspec numpy
 
 zoo: setup
 	$(BIN)/pytest -m 'zoo or slow' tests/zoo

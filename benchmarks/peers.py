@@ -1,74 +1,124 @@
-"""Compiles models for this machine and prints our latency relative to peers: ``python benchmarks/peers.py [MODEL…]``.
+"""Compiles networks for this machine and prints our latency relative to peers: ``python benchmarks/peers.py [MODEL…]``.
 
 Every figure comes from the library that `cnncc bench` uses: a process per engine, interleaved rounds, outputs
-compared before anything is timed. A noisy machine is said so, and a ratio whose interval holds 1 is called a tie.
+compared before anything is timed. A peer that is not installed, cannot convert a network or computes something else
+is named with its reason. A noisy machine is said so, and a ratio whose interval holds 1 is called a tie.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cnncc.compiler import compile
-from cnncc.compiler.bench.bundle import bench_bundle
-from cnncc.compiler.bench.report import BenchmarkReport, Ratio
-from cnncc.compiler.bench.subjects import peers
-from cnncc.compiler.cache import Cache, default_cache_folder
-from cnncc.compiler.model_reference import ModelRequest
-from cnncc.compiler.pipeline import CompileRequest
-from cnncc.compiler.reporting import Silent
-from cnncc.targets.devices import resolve_profile
-from cnncc_runtime.bundle import to_plain
-from cnncc_runtime.errors import CnnccError
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits" / "model.py"
+from benchmarks.models import NETWORKS, Network, find  # noqa: E402
+from benchmarks.peak import measure_peak  # noqa: E402
+from benchmarks.table import Runs, block, summary  # noqa: E402
+from cnncc.compiler import compile  # noqa: E402
+from cnncc.compiler.bench.bundle import open_field  # noqa: E402
+from cnncc.compiler.bench.subjects import check_names, peers  # noqa: E402
+from cnncc.compiler.cache import Cache, default_cache_folder  # noqa: E402
+from cnncc.compiler.inspection import summarize  # noqa: E402
+from cnncc.compiler.pipeline import CompileRequest  # noqa: E402
+from cnncc.compiler.reporting import Silent  # noqa: E402
+from cnncc.graph.reader import read_onnx  # noqa: E402
+from cnncc.targets.devices import resolve_profile  # noqa: E402
+from cnncc_runtime.bundle import REFERENCE, read_bundle, to_plain  # noqa: E402
+from cnncc_runtime.errors import CnnccError, UsageError  # noqa: E402
+from cnncc_runtime.files import atomic_file  # noqa: E402
 
-MODELS = (
-    f"{DIGITS}:build",
-    "torchvision:resnet18",
-    "torchvision:resnet50",
-    "torchvision:mobilenet_v2",
-    "torchvision:squeezenet1_1",
-    "torchvision:efficientnet_b0",
-)
+SLOWER_ELSEWHERE = ("torch",)
+"""Peers that are left out unless asked for: PyTorch is measured in its faster layout."""
+
+AGREEMENT = 1e-3
+"""Largest relative L2 distance to the first peer. Winograd's rounding stays below 1e-4 in the deepest of these
+networks; arithmetic in bfloat16 or float16, which no peer may use here, shows from about 2e-3."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for.
+
+    Attributes:
+        against: Peers.
+        threads: Numbers of threads.
+        rounds: Interleaved rounds of a run.
+        min_time: Seconds per engine and run.
+        repeat: Runs.
+    """
+
+    against: tuple[str, ...]
+    threads: tuple[int, ...]
+    rounds: int
+    min_time: float
+    repeat: int
+
+
+def parse_threads(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
+    """Read numbers of threads: an option's values, each of which may hold several, separated by commas."""
+    pieces = [piece for value in values for piece in value.split(",")]
+    if not all(piece.isdigit() and int(piece) > 0 for piece in pieces):
+        raise click.BadParameter("give positive numbers, separated by commas or one by one")
+    return tuple(dict.fromkeys(int(piece) for piece in pieces))
 
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--against", default="ort", show_default=True, help=f"Of {', '.join(peers())}; separated by commas.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--against", help=f"Peers, separated by commas, of {', '.join(peers())}.  [default: all but torch]")
+@click.option(
+    "--threads", multiple=True, default=("1", "2"), callback=parse_threads, help="Repeatable.  [default: 1,2]"
+)
 @click.option("--rounds", type=click.IntRange(2), default=12, show_default=True)
 @click.option("--min-time", type=click.FloatRange(0.01), default=3.0, show_default=True, help="Seconds per engine.")
+@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Whole runs of each network.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write every report to this JSON file.")
 def main(
-    models: tuple[str, ...], against: str, threads: int, rounds: int, min_time: float, output: Path | None
+    models: tuple[str, ...],
+    against: str | None,
+    threads: tuple[int, ...],
+    rounds: int,
+    min_time: float,
+    repeat: int,
+    output: Path | None,
 ) -> None:
-    """Print our latency relative to peers on MODELS (by default the digits CNN and five of torchvision's)."""
-    names = [name for name in against.split(",") if name]
-    reports: dict[str, BenchmarkReport] = {}
-    click.echo(f"{'model':28}{'ours, ms':>10}" + "".join(f"{f'ours / {name}':>32}" for name in names))
-    for model in models or MODELS:
+    """Print our latency relative to peers on MODELS: names of the built-in networks, or what `cnncc compile` takes."""
+    chosen = against.split(",") if against is not None else [name for name in peers() if name not in SLOWER_ELSEWHERE]
+    plan = Plan(tuple(name for name in chosen if name), threads, rounds, min_time, repeat)
+    try:
+        check_names(plan.against)
+    except UsageError as exc:
+        raise click.UsageError(str(exc)) from exc
+    networks = find(models)
+    found: list[Runs] = []
+    failed: list[str] = []
+    for network in networks:
         try:
-            report = measure(model, names, threads, rounds, min_time)
+            for runs in measure(network, plan):
+                found.append(runs)
+                click.echo("\n".join(block(runs)) + "\n")
+                _write(output, found)
         except CnnccError as exc:
-            click.echo(f"{label(model):28}{exc}")
-            continue
-        reports[model] = report
-        click.echo(row(label(model), report))
-    noisy = {reason for report in reports.values() for reason in report.noise.reasons}
-    click.echo(f"{threads} threads; below 1 we are faster; in brackets the 95 % interval")
-    for reason in sorted(noisy):
-        click.echo(f"noisy machine: {reason}")
-    if output is not None:
-        output.write_text(json.dumps({model: to_plain(report) for model, report in reports.items()}, indent=1))
-    raise SystemExit(0 if len(reports) == len(models or MODELS) else 1)
+            failed.append(f"{network.name} was not measured: {exc.message}")
+            click.echo(f"{network.name}: {exc}\n")
+    for count in threads:
+        if rows := [runs for runs in found if runs.threads == count]:
+            click.echo("\n".join(summary(rows)) + "\n")
+    for line in failed:
+        click.echo(line)
+    raise SystemExit(1 if failed else 0)
 
 
-def measure(model: str, against: list[str], threads: int, rounds: int, min_time: float) -> BenchmarkReport:
-    """Compile a model for this machine and measure it beside its peers.
+def measure(network: Network, plan: Plan) -> Iterator[Runs]:
+    """Compile a network for this machine and measure it beside its peers, one number of threads after the other.
 
     Raises:
         CnnccError: It could not be compiled, verified or measured.
@@ -76,39 +126,37 @@ def measure(model: str, against: list[str], threads: int, rounds: int, min_time:
     cache = Cache(default_cache_folder())
     with tempfile.TemporaryDirectory(prefix="cnncc-peers-") as folder:
         bundle = Path(folder) / "model.cnncc"
-        request = CompileRequest(ModelRequest(model), resolve_profile("host"), bundle)
-        compile(request, cache=cache)
-        return bench_bundle(
-            bundle,
-            against,
-            threads=threads,
-            rounds=rounds,
-            min_time=min_time,
-            batch=0,
-            cache=cache,
-            reporter=Silent(),
-        )
+        compile(CompileRequest(network.request, resolve_profile("host"), bundle), cache=cache)
+        operations = 2 * summarize(read_onnx(read_bundle(bundle).file(REFERENCE))).macs
+        with open_field(bundle, plan.against, batch=0, cache=cache, lenient=True) as field:
+            for threads in plan.threads:
+                reports = tuple(
+                    field.measure(
+                        threads=threads,
+                        rounds=plan.rounds,
+                        min_time=plan.min_time,
+                        agreement=AGREEMENT,
+                        reporter=Silent(),
+                    )
+                    for _ in range(plan.repeat)
+                )
+                yield Runs(network.name, operations, measure_peak(threads), reports)
 
 
-def row(name: str, report: BenchmarkReport) -> str:
-    """Return one line of the table."""
-    ours = report.subjects[0]
-    basis = report.ratios[0].basis if report.ratios else "wall"
-    latency = ours.cpu if basis == "cpu" else ours.wall
-    return f"{name:28}{latency.p50 * 1e3:>10.2f}" + "".join(f"{cell(ratio):>32}" for ratio in report.ratios)
+def _write(output: Path | None, found: list[Runs]) -> None:
+    """Write what was measured so far: an interrupted benchmark keeps it."""
+    if output is not None:
+        with atomic_file(output) as partial:
+            partial.write_text(json.dumps([_plain(runs) for runs in found], indent=1))
 
 
-def cell(ratio: Ratio) -> str:
-    """Return a ratio with its interval, and the word for it."""
-    found = ratio.trusted
-    word = "tie" if found.low <= 1 <= found.high else "faster" if found.value < 1 else "slower"
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] {ratio.basis} {word}"
+def _plain(runs: Runs) -> dict[str, Any]:
+    plain: dict[str, Any] = to_plain(runs)
+    peer = runs.fastest
+    return plain | {"threads": runs.threads, "fastest": peer, "ratio": to_plain(runs.versus(peer)) if peer else None}
 
 
-def label(model: str) -> str:
-    """Return a model's name without its folder."""
-    return Path(model).name
-
+__all__ = ["NETWORKS", "Plan", "main", "measure"]
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 @click.command(name="bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--against", default="ort", show_default=True, help="Peers: ort, torch, torch-channels-last, torch-compile."
+    "--against",
+    default="ort",
+    show_default=True,
+    help="Peers: ort, openvino, mnn, ncnn, executorch, torch, torch-channels-last, torch-compile.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of every engine.  [default: usable cores]")
 @click.option("--rounds", type=click.IntRange(2, 10_000), default=12, show_default=True, help="Interleaved rounds.")

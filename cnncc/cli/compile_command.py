@@ -11,6 +11,7 @@ import click
 from cnncc.cli.main import cache_option, common
 from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache, parse_batches
 from cnncc.cli.render import Render, size_text
+from cnncc_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from cnncc.compiler.pipeline import Compiled
@@ -32,6 +33,32 @@ if TYPE_CHECKING:
 @click.option("--preprocess", default="", help="How images become inputs: imagenet, or FILE.toml.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line.")
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option(
+    "--winograd/--no-winograd",
+    default=True,
+    show_default=True,
+    help="Let 3×3 convolutions use Winograd's method where it is faster.",
+)
+@click.option("--direct", multiple=True, help="Modules whose convolutions stay direct: layer4.*")
+@click.option(
+    "--optimize",
+    type=click.Choice(["rules", "measured"]),
+    default="rules",
+    show_default=True,
+    help="Choose kernels by rule, in no time; or also time the rule's neighbours on this machine.",
+)
+@click.option(
+    "--optimize-budget",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="How long measuring may take.  [default: 60]",
+)
+@click.option(
+    "--kernel-database",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measured kernels: read, and with --optimize measured added to.  [default: in the cache folder]",
+)
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle whose parity failed, marked as failed.")
 @click.option("--no-reference", is_flag=True, help="Leave the ONNX model out of the bundle: half the size, less proof.")
 @cache_option
@@ -55,6 +82,11 @@ def command(
     preprocess: str,
     labels: Path | None,
     precision: str,
+    winograd: bool,
+    direct: tuple[str, ...],
+    optimize: str,
+    optimize_budget: float | None,
+    kernel_database: Path | None,
     keep_failed: bool,
     no_reference: bool,
     cache_dir: Path | None,
@@ -65,13 +97,17 @@ def command(
     something else leaves none. Stages are cached, so a rerun makes only what changed.
     """
     from cnncc.calibration.contract import read_labels, read_preprocessing
+    from cnncc.compiler.kernel_stage import BUDGET, RULES, Optimize
     from cnncc.compiler.model_reference import parse_reference
     from cnncc.compiler.pipeline import CompileRequest, compile_all
+    from cnncc.targets.base import KernelOptions
     from cnncc.targets.devices import resolve_profile
 
     base = output or Path(f"{parse_reference(model).name}.cnncc")
     pairs = list(itertools.product(dict.fromkeys(targets), dict.fromkeys(devices)))
     features = tuple(part for part in mattr.split(",") if part)
+    if optimize == RULES and optimize_budget is not None:
+        raise UsageError("--optimize-budget is for measuring", hint="add --optimize measured")
     requests = []
     for target, device in pairs:
         requests.append(
@@ -83,6 +119,8 @@ def command(
                 else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{device}.cnncc"),
                 target=target,
                 batches=parse_batches(batch_text),
+                kernels=KernelOptions(winograd, direct),
+                optimize=Optimize(optimize, optimize_budget or BUDGET, kernel_database),
                 data=data,
                 samples=samples,
                 preprocessing=read_preprocessing(preprocess) if preprocess else None,
@@ -106,7 +144,7 @@ def _document(result: Compiled) -> dict[str, Any]:
         "precision": manifest.precision,
         "parity": result.parity,
         "unchanged": result.unchanged,
-        "engine_bytes": manifest.files[manifest.engine.file].size,
+        "engine_bytes": manifest.engine_bytes,
     }
 
 

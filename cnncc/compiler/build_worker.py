@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -22,10 +22,19 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from cnncc.compiler.child import die_with, how_it_ended
-from cnncc.targets.base import BuildOptions, Engine, Profile
+from cnncc.targets.base import (
+    BuildOptions,
+    Engine,
+    KernelOptions,
+    Measured,
+    MeasureOptions,
+    Measuring,
+    Profile,
+    Target,
+)
 from cnncc_runtime import errors
 from cnncc_runtime.bundle import to_plain
-from cnncc_runtime.errors import BuildFailed, CnnccError
+from cnncc_runtime.errors import BuildFailed, CnnccError, UsageError
 
 if TYPE_CHECKING:
     from cnncc.graph.onnx_graph import OnnxGraph
@@ -47,12 +56,64 @@ def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) 
         TargetUnavailable: A compiler or linker is missing.
         BuildFailed: The toolchain broke or crashed.
     """
+    answer = _ask(
+        {"task": "build", **_request(target, graph, options, workdir)}, workdir, {"progress": options.progress}
+    )
+    return engine_from_plain(answer, workdir)
+
+
+def measure_apart(target: str, graph: Path, options: MeasureOptions, workdir: Path) -> Measured:
+    """Measure kernels in a child process, where nothing else runs.
+
+    Args:
+        target: The target's name.
+        graph: The cleaned ONNX file.
+        options: As `cnncc.targets.base.Measuring.measure` takes them.
+        workdir: A folder that the child may write in.
+
+    Raises:
+        UsageError: The target's kernels have no knobs.
+        UnsupportedGraph: Lists every refused node.
+        DataRefused: The database is damaged or of another kind.
+        BuildFailed: The toolchain broke or crashed.
+    """
     request = {
+        "task": "measure",
+        **_request(target, graph, options.build, workdir),
+        "database": [options.database, options.name, options.budget],
+    }
+    hear: dict[str, Callable[..., None]] = {
+        "progress": options.build.progress,
+        "keep": options.keep,
+        "note": options.note,
+    }
+    return msgspec.convert(_ask(request, workdir, hear), Measured)
+
+
+def _request(target: str, graph: Path, options: BuildOptions, workdir: Path) -> dict[str, Any]:
+    return {
         "target": target,
         "graph": str(graph.resolve()),
         "workdir": str(workdir.resolve()),
-        "options": to_plain({"profile": options.profile, "batches": options.batches}),
+        "options": to_plain(
+            {
+                "profile": options.profile,
+                "batches": options.batches,
+                "kernels": options.kernels,
+                "measured": options.measured,
+            }
+        ),
     }
+
+
+def _ask(request: dict[str, Any], workdir: Path, hear: Mapping[str, Callable[..., None]]) -> Any:
+    """Return the answer of a child process to a request.
+
+    Args:
+        request: Plain data.
+        workdir: Where its log goes.
+        hear: Event → who is told of it.
+    """
     with _child(workdir) as child:
         assert child.stdin is not None and child.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: told below, by its exit code
@@ -62,14 +123,14 @@ def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) 
             if not line.endswith(b"\n"):  # it died while it wrote
                 break
             message = json.loads(line)
-            if "progress" in message:
-                options.progress(*message["progress"])
-            elif "error" in message:
-                raise _error_from(message["error"])
-            else:
-                return engine_from_plain(message["engine"], workdir)
+            [(event, value)] = message.items()
+            if event == "error":
+                raise _error_from(value)
+            if event == "answer":
+                return value
+            hear[event](*value)
         child.wait()
-        raise _crash(target, child.returncode, workdir / _LOG)
+        raise _crash(request["target"], child.returncode, workdir / _LOG)
 
 
 @contextlib.contextmanager
@@ -100,7 +161,9 @@ def _crash(target: str, code: int, log: Path) -> BuildFailed:
         if code == -signal.SIGKILL
         else ("report it with the model; --verbose shows the compiler's own words")
     )
-    return BuildFailed(f"the {target} compiler {how_it_ended(code)}" + (": " + " | ".join(tail) if tail else ""), hint=hint)
+    return BuildFailed(
+        f"the {target} compiler {how_it_ended(code)}" + (": " + " | ".join(tail) if tail else ""), hint=hint
+    )
 
 
 def engine_to_plain(engine: Engine) -> dict[str, Any]:
@@ -131,22 +194,36 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
     from cnncc.graph.reader import load_trusted
     from cnncc.targets.registry import load_target
 
-    options = msgspec.convert(request["options"], _Options)
+    asked = msgspec.convert(request["options"], _Options)
+    options = BuildOptions(
+        asked.profile,
+        asked.batches,
+        asked.kernels,
+        asked.measured,
+        lambda what, fraction: send(progress=[what, fraction]),
+        _specialize,
+    )
     try:
         target = load_target(request["target"], options.profile)
-        engine = target.build(
-            load_trusted(Path(request["graph"])),
-            BuildOptions(
-                options.profile,
-                options.batches,
-                lambda what, fraction: send(progress=[what, fraction]),
-                _specialize,
-            ),
-            Path(request["workdir"]),
-        )
-        send(engine=engine_to_plain(engine))
+        graph = load_trusted(Path(request["graph"]))
+        if request["task"] == "build":
+            send(answer=engine_to_plain(target.build(graph, options, Path(request["workdir"]))))
+        else:
+            send(answer=to_plain(_measure(target, graph, options, request["database"], send)))
     except CnnccError as exc:
         send(error={"type": type(exc).__name__, "message": exc.message, "where": exc.where, "hint": exc.hint})
+
+
+def _measure(
+    target: Target, graph: OnnxGraph, options: BuildOptions, database: list[Any], send: Callable[..., None]
+) -> Measured:
+    if not isinstance(target, Measuring):
+        raise UsageError(f"the kernels of the {target.name} target have no knobs to measure", hint="--optimize rules")
+    text, name, budget = database
+    return target.measure(
+        graph,
+        MeasureOptions(options, text, name, budget, lambda found: send(keep=[found]), lambda said: send(note=[said])),
+    )
 
 
 def _specialize(graph: OnnxGraph, batch: int) -> OnnxGraph:
@@ -160,6 +237,8 @@ def _specialize(graph: OnnxGraph, batch: int) -> OnnxGraph:
 class _Options(msgspec.Struct, frozen=True):
     profile: Profile
     batches: tuple[int, ...]
+    kernels: KernelOptions
+    measured: str
 
 
 def main() -> None:

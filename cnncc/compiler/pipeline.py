@@ -4,7 +4,8 @@
 
     export   MODEL, weights, shapes      → exported.onnx, program.pt2
     clean    exported.onnx               → cleaned.onnx          (numerics proved on the spot)
-    build    cleaned.onnx, target        → engine.so
+    kernels  cleaned.onnx, measurements  → kernels.json          (only where kernels are measured, or were before)
+    build    cleaned.onnx, target        → engine.so, weights.bin
     verify   engine, samples             → bundle files, parity  (a failed proof is never cached)
 """
 
@@ -30,10 +31,11 @@ from cnncc.calibration.data import DataSet, load_data
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain
 from cnncc.compiler.cache import Cache, default_cache_folder
 from cnncc.compiler.engine_process import EngineProcess
+from cnncc.compiler.kernel_stage import KERNELS, Optimize, check_optimize, kernel_stage
 from cnncc.compiler.model_reference import ModelRequest, existing_file, parse_reference
 from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
-from cnncc.targets.base import BuildOptions, Engine, Profile, Target
+from cnncc.targets.base import BuildOptions, Engine, KernelOptions, Profile, Target
 from cnncc.targets.devices import NATIVE
 from cnncc.targets.registry import load_target
 from cnncc_runtime.bundle import (
@@ -74,6 +76,8 @@ class CompileRequest:
         output: Where the bundle goes; an existing bundle is replaced, anything else is refused.
         target: The target's name.
         batches: Batch sizes to build for, where the model has a symbolic batch.
+        kernels: What the target's choice of kernels must heed.
+        optimize: How knobs of kernels are found.
         data: DATA for real inputs in the parity check; empty for none.
         samples: Real inputs at most.
         preprocessing: Replaces the contract that stands beside the model.
@@ -87,6 +91,8 @@ class CompileRequest:
     output: Path
     target: str = "llvm"
     batches: tuple[int, ...] = ()
+    kernels: KernelOptions = KernelOptions()
+    optimize: Optimize = Optimize()
     data: str = ""
     samples: int = 32
     preprocessing: Preprocessing | None = None
@@ -136,10 +142,11 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
     cache = cache or Cache(default_cache_folder(), reporter.note)
     check_output(request.output)
     target = load_target(request.target, request.profile)
+    check_optimize(request.optimize, target)
     export = export_stage(request.model, cache, reporter)
     clean = clean_stage(export, cache, reporter)
     _check_batches(export, request.batches)
-    build = _build_stage(clean, target, request, cache, reporter)
+    build = _build_stage(clean, target, request, _measured(clean, target, request, cache, reporter), cache, reporter)
     verify = _verify_stage(export, clean, build, request, cache, reporter)
     compiled = _publish(verify, request.output)
     if compiled.parity == "failed":
@@ -314,25 +321,47 @@ def _clean(export: Stage, folder: Path) -> tuple[dict[str, Any], dict[str, Path]
     return value, {"cleaned.onnx": path}, f"{before} → {after} nodes, numerics proved"
 
 
-def _build_stage(clean: Stage, target: Target, request: CompileRequest, cache: Cache, reporter: Reporter) -> Stage:
-    key = cache.key(
-        "build",
-        graph=clean.value["graph"],
-        target=target.name,
-        profile=to_plain(target.profile),
-        machine=host_cpu().model if target.profile.cpu == NATIVE else "",
-        batches=request.batches,
-        tools={**_tools(), **target.toolchain()},
-    )
-    options = BuildOptions(target.profile, request.batches, reporter.progress)
+def _for_target(clean: Stage, target: Target, request: CompileRequest) -> dict[str, Any]:
+    """Return what determines an engine before anything was measured."""
+    return {
+        "graph": clean.value["graph"],
+        "target": target.name,
+        "profile": to_plain(target.profile),
+        "machine": host_cpu().model if target.profile.cpu == NATIVE else "",
+        "batches": request.batches,
+        "kernels": to_plain(request.kernels),
+        "tools": {**_tools(), **target.toolchain()},
+    }
+
+
+def _measured(clean: Stage, target: Target, request: CompileRequest, cache: Cache, reporter: Reporter) -> str:
+    """Return the measurements that the build is given, an empty text for none."""
+    if not request.optimize.wanted:
+        return ""
+    key = cache.key("kernels", level=request.optimize.level, **_for_target(clean, target, request))
+    options = BuildOptions(target.profile, request.batches, request.kernels, progress=reporter.progress)
+    stage = kernel_stage(key, clean, target, request.optimize, options, cache, reporter)
+    return stage.file(KERNELS).read_text(encoding="utf-8")
+
+
+def _build_stage(
+    clean: Stage, target: Target, request: CompileRequest, measured: str, cache: Cache, reporter: Reporter
+) -> Stage:
+    key = cache.key("build", measured=digest_json(measured), **_for_target(clean, target, request))
+    options = BuildOptions(target.profile, request.batches, request.kernels, measured, reporter.progress)
 
     def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
         engine = build_apart(target.name, clean.file("cleaned.onnx"), options, folder)
-        size = engine.payload.stat().st_size
+        files = {name: path for name, (_role, path) in engine.files.items()}
+        size = sum(path.stat().st_size for path in files.values())
         detail = f"{target.name} {engine.target.cpu}, {len(engine.layers)} kernels, {size / 1e6:.1f} MB"
-        return {"engine": engine_to_plain(engine)}, {engine.record.file: engine.payload}, detail
+        return {"engine": engine_to_plain(engine)}, files, detail
 
     return Stage("build", key, compute, cache, reporter)
+
+
+def _engine_files(build: Stage, engine: Engine) -> dict[str, tuple[str, Path]]:
+    return {name: (role, build.file(name)) for name, role in engine.record.roles.items()}
 
 
 @dataclass(frozen=True)
@@ -381,7 +410,7 @@ def _verify_stage(
         contents = folder / "bundle"
         contents.mkdir()
         files: dict[str, tuple[str, Path | bytes]] = {
-            proof.engine.record.file: ("engine", build.file(proof.engine.record.file)),
+            **_engine_files(build, proof.engine),
             PARITY: ("report", canonical_json(to_plain(proof.report))),
             GOLDEN: ("golden", proof.golden),
         }
@@ -417,9 +446,8 @@ def _prove(export: Stage, clean: Stage, build: Stage, request: CompileRequest, i
     engine = engine_from_plain(build.value["engine"], folder)
     trial = folder / "trial.cnncc"
     trial.mkdir()
-    payload = build.file(engine.record.file)
     manifest = _manifest(export, engine, request, inputs, "pending")
-    write_bundle(trial, manifest, {engine.record.file: ("engine", payload)})
+    write_bundle(trial, manifest, _engine_files(build, engine))
     feeds, names = random_samples(_specs(export, "inputs"), batches=request.batches, count=SAMPLES)
     if inputs.data is not None:
         feeds += [sample.feeds for sample in inputs.data.samples]

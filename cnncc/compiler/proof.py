@@ -19,14 +19,15 @@ from cnncc_runtime.bundle import (
     PARITY,
     REFERENCE,
     Bundle,
+    EngineRecord,
     Manifest,
     TargetRecord,
     read_bundle,
     to_plain,
     write_bundle,
 )
-from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.cpu import host_cpu
+from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import StorageFailed, UsageError
 from cnncc_runtime.files import atomic_folder, scratch_folder
 from cnncc_runtime.session import engine_mismatch
@@ -107,12 +108,14 @@ def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Repo
         folder = stack.enter_context(scratch_folder(cache))
         path = folder / "layers.onnx"
         path.write_bytes(graph.serialized)
-        options = BuildOptions(_profile(bundle.manifest.target, host_cpu().cores), bundle.manifest.batches, reporter.progress)
+        options = BuildOptions(
+            _profile(bundle.manifest.target, host_cpu().cores), bundle.manifest.batches, progress=reporter.progress
+        )
         engine = build_apart(bundle.manifest.target.name, path, options, folder)
         trial = folder / "layers.cnncc"
         trial.mkdir()
-        manifest = _with_engine(bundle.manifest, graph)
-        write_bundle(trial, manifest, {engine.record.file: ("engine", engine.payload)})
+        manifest = _with_engine(bundle.manifest, graph, engine.record)
+        write_bundle(trial, manifest, engine.files)
         return stack.enter_context(EngineProcess(trial)).run
 
     return build
@@ -122,5 +125,5 @@ def _profile(target: TargetRecord, cores: int) -> Profile:
     return Profile(target.device, target.triple, target.cpu, target.features, cores)
 
 
-def _with_engine(manifest: Manifest, graph: OnnxGraph) -> Manifest:
-    return replace(manifest, inputs=graph.inputs, outputs=graph.outputs, parity="pending")
+def _with_engine(manifest: Manifest, graph: OnnxGraph, engine: EngineRecord) -> Manifest:
+    return replace(manifest, engine=engine, inputs=graph.inputs, outputs=graph.outputs, parity="pending")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cnncc_runtime.bundle import EngineRecord, LayerRecord, TargetRecord
 
@@ -76,6 +76,19 @@ class NodeIssue:
         return f"{self.module} ({self.op} '{self.node}'): {self.reason}"
 
 
+@dataclass(frozen=True)
+class KernelOptions:
+    """What a user asks of the choice of kernels.
+
+    Attributes:
+        winograd: Whether convolutions may use Winograd's method, which multiplies less and rounds more.
+        direct: Patterns of module paths (``layer4.*``) whose convolutions are computed directly all the same.
+    """
+
+    winograd: bool = True
+    direct: tuple[str, ...] = ()
+
+
 Specialize = Callable[["OnnxGraph", int], "OnnxGraph"]
 """Returns a graph for one batch size, what became constant folded."""
 
@@ -84,6 +97,10 @@ def _bind_batch(graph: OnnxGraph, batch: int) -> OnnxGraph:
     from cnncc.graph.reader import bind_batch
 
     return bind_batch(graph, batch)
+
+
+def _no_note(_text: str) -> None:
+    return None
 
 
 def _no_progress(_what: str, _fraction: float) -> None:
@@ -97,6 +114,8 @@ class BuildOptions:
     Attributes:
         profile: The device.
         batches: Batch sizes to build for; empty when the graph's shapes are all static.
+        kernels: What the choice of kernels must heed.
+        measured: What `Measuring.measure` returned; empty where rules alone choose.
         progress: Told how far the build is.
         specialize: Makes the graph of one batch size; the compiler hands in its passes, since targets may not import
             them. By default the batch is bound and nothing is folded.
@@ -104,8 +123,50 @@ class BuildOptions:
 
     profile: Profile
     batches: tuple[int, ...] = ()
+    kernels: KernelOptions = KernelOptions()
+    measured: str = ""
     progress: Progress = field(default=_no_progress, compare=False)
     specialize: Specialize = field(default=_bind_batch, compare=False)
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What a measurement of kernels is asked for.
+
+    Attributes:
+        build: What the engine will be built for.
+        database: Content of the kernel database; empty where there is none yet.
+        name: What messages call it.
+        budget: Seconds that may be spent; None to measure nothing and only look up.
+        keep: Told the database's new content whenever a kernel has been measured.
+        note: Told what the user did not ask for but should know.
+    """
+
+    build: BuildOptions
+    database: str = ""
+    name: str = "the kernel database"
+    budget: float | None = None
+    keep: Callable[[str], None] = field(default=_no_note, compare=False)
+    note: Callable[[str], None] = field(default=_no_note, compare=False)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a network's kernels after a measurement.
+
+    Attributes:
+        plans: What `BuildOptions.measured` takes: the measurements that this network can use, and no others.
+        measured: Kernels that were measured now.
+        reused: Kernels that the database had.
+        left: Kernels that nobody measured.
+        faster: Kernels for which something was faster than the rule's choice.
+    """
+
+    plans: str
+    measured: int
+    reused: int
+    left: int
+    faster: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +176,7 @@ class Engine:
     Attributes:
         target: What the engine was built for; a device checks it before loading.
         record: The engine file's format, entries and ABI.
-        payload: The engine file.
+        payload: The engine file; the other files of the record lie beside it.
         toolchain: Name → version of everything that made it.
         layers: Executed kernel and precision per layer, in the user's module names.
         reproducible: Whether the same inputs and toolchain give the same bytes.
@@ -127,6 +188,30 @@ class Engine:
     toolchain: dict[str, str]
     layers: tuple[LayerRecord, ...]
     reproducible: bool
+
+    @property
+    def files(self) -> dict[str, tuple[str, Path]]:
+        """Names of the files that make up the engine → their roles in a bundle, and where they lie."""
+        return {name: (role, self.payload.with_name(name)) for name, role in self.record.roles.items()}
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A target whose kernels have knobs that measuring can improve on."""
+
+    def measure(self, graph: OnnxGraph, options: MeasureOptions) -> Measured:
+        """Time kernels on this machine, or look them up.
+
+        Args:
+            graph: As `Target.build` takes it.
+            options: Their profile must be one that this machine can run, unless nothing is to be measured.
+
+        Raises:
+            DataRefused: The database is damaged or of another kind.
+            UsageError: As `Target.build`.
+            BuildFailed: The toolchain broke.
+        """
+        ...
 
 
 class Target(Protocol):

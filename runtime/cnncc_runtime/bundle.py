@@ -24,8 +24,9 @@ from cnncc_runtime.errors import BundleRefused, DataRefused
 from cnncc_runtime.files import storage_errors
 from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import DTYPES, TensorSpec
+from cnncc_runtime.weights import WeightsRecord
 
-SCHEMA = "cnncc.bundle/1"
+SCHEMA = "cnncc.bundle/2"
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
@@ -62,19 +63,26 @@ class TargetRecord:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The engine file.
+    """The engine file, and the file of weights where they are apart from it.
 
     Attributes:
         file: Its name in the bundle, exactly as the vendor's tools expect it.
         format: Which session opens it (``tvm-vm``).
         abi: Version of the runtime interface it needs.
         entries: Batch size → function; a model without a batch dimension has one entry, ``0``.
+        weights: What the functions take after their inputs; None where the engine file holds all weights.
     """
 
     file: str
     format: str
     abi: str
     entries: dict[int, str]
+    weights: WeightsRecord | None = None
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Names of the files that make up the engine → their roles in the bundle."""
+        return {self.file: "engine"} | ({self.weights.file: "weights"} if self.weights else {})
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class FileRecord:
     Attributes:
         sha256: ``sha256:<hex>``.
         size: Bytes.
-        role: ``engine``, ``golden``, ``report`` or ``reference``; devices need the first two.
+        role: ``engine``, ``weights``, ``golden``, ``report`` or ``reference``; devices need the first three.
     """
 
     sha256: str
@@ -185,16 +193,31 @@ class Manifest:
         bad_files = [name for name, record in self.files.items() if not _is_safe(name) or not _is_file_record(record)]
         bad_specs = [str(spec) for spec in (*self.inputs, *self.outputs) if not _is_spec(spec)]
         entries = sorted(self.engine.entries)
+        absent = self.engine.roles.keys() - self.files.keys()
+        weights = "" if absent else self._problem_of_weights()
         problems = {
             f"the files {bad_files!r}": not bad_files,
-            f"the engine '{self.engine.file}', which is not among the files": self.engine.file in self.files,
+            f"the engine {list(self.engine.roles)}, which is not among the files": not absent,
             f"the tensors {bad_specs!r}": not bad_specs,
             "inputs of the same name": len({spec.name for spec in self.inputs}) == len(self.inputs),
             "outputs of the same name": len({spec.name for spec in self.outputs}) == len(self.outputs),
             f"entries {entries} for the batch sizes {list(self.batches)}": entries == (sorted(self.batches) or [0]),
             f"the parity '{self.parity}'": self.parity in PARITIES,
+            f"the engine '{self.engine.file}', which is its weights too": (
+                self.engine.roles.get(self.engine.file) == "engine"
+            ),
+            weights: not weights,
         }
         return "; ".join(problem for problem, good in problems.items() if not good)
+
+    def _problem_of_weights(self) -> str:
+        weights = self.engine.weights
+        return weights.problem(self.files[weights.file].size, self.engine.entries) if weights else ""
+
+    @property
+    def engine_bytes(self) -> int:
+        """Bytes of the engine with its weights."""
+        return sum(self.files[name].size for name in self.engine.roles)
 
 
 def _is_safe(name: str) -> bool:

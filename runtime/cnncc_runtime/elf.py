@@ -22,8 +22,7 @@ _KINDS = {1: "relocatable", 2: "executable", 3: "shared", 4: "core"}
 _PT_LOAD, _PT_DYNAMIC = 1, 2
 _PF_X, _PF_W = 1, 2
 _SHT_NOBITS = 8
-_DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_STRSZ, _DT_TEXTREL, _DT_FLAGS = 0, 1, 5, 10, 22, 30
-_DF_TEXTREL = 4
+_DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_STRSZ = 0, 1, 5, 10
 _MAX_DYNAMIC = 1 << 20
 _MAX_STRINGS = 64 << 20
 _MAX_NEEDED = 4096
@@ -59,7 +58,6 @@ class Elf:
         kind: ``shared``, ``executable``, ``relocatable``, ``core``, or ``type-<number>``.
         segments: What is mapped.
         needed: Libraries that it links against (``DT_NEEDED``).
-        text_relocations: The loader writes into segments that are not writable (``DT_TEXTREL``).
     """
 
     bits: int
@@ -68,7 +66,6 @@ class Elf:
     kind: str
     segments: tuple[Segment, ...]
     needed: tuple[str, ...]
-    text_relocations: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,6 @@ def parse_elf(file: BinaryIO | bytes, name: str = "the file") -> Elf:
             Segment(p.offset, p.address, p.size, bool(p.flags & _PF_W), bool(p.flags & _PF_X)) for p in loads
         ),
         needed=_needed(reader, programs, names, tags),
-        text_relocations=_DT_TEXTREL in tags or bool(tags.get(_DT_FLAGS, 0) & _DF_TEXTREL),
     )
 
 

@@ -4,8 +4,8 @@ Forking is safe between runs: a session opened before ``os.fork`` works in the c
 the parent's workers stay behind), unless another thread was in the middle of a run. The engine's weights are shared
 by all sessions of the same engine in a process.
 
-The engine file must not be rewritten in place while it is loaded (no shared library may); `cnncc` replaces bundles
-whole, so that a loaded engine keeps the file it had.
+The engine file and the file of weights, which is mapped into memory, must not be rewritten in place while they are
+loaded (no shared library may); `cnncc` replaces bundles whole, so that a loaded engine keeps the files it had.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import itertools
 import math
-import mmap
 import os
 import threading
 import weakref
@@ -28,19 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnncc_runtime import tvm_runtime
-from cnncc_runtime.bundle import Bundle
+from cnncc_runtime.bundle import Bundle, EngineRecord
 from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.elf import Elf, parse_elf
 from cnncc_runtime.errors import BundleRefused, DataRefused, EngineMismatch, RunFailed
 from cnncc_runtime.session import engine_mismatch
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec, check_feeds
 from cnncc_runtime.tvm_threads import PoolThread, set_width
+from cnncc_runtime.weights import ALIGNMENT, map_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-ALIGNMENT = 64
-"""Bytes; TVM's kernels assume it of every buffer (tvm::runtime::kAllocAlignment)."""
 
 _CPU, _POOLED = 1, 2  # DLDeviceType kDLCPU, tvm::runtime::memory::AllocatorType kPooled
 
@@ -72,22 +69,34 @@ class TvmSession:
         self._lock = threading.Lock()
         self._pool: PoolThread | None = None
         self._closed = False
-        self._engine: _Engine | None = _shared_engine(
-            self._runtime, manifest.files[manifest.engine.file].sha256, engine, elf
-        )
-        self._entries = self._start(manifest.engine.entries)
+        self._engine: _Engine | None = _shared_engine(self._runtime, bundle, engine)
+        self._entries = self._start(self._engine, manifest.engine)
         _sessions.add(self)
 
-    def _start(self, entries: dict[int, str]) -> dict[int, _Entry]:
-        assert self._engine is not None
+    def _start(self, engine: _Engine, record: EngineRecord) -> dict[int, _Entry]:
+        taken = record.weights.entries if record.weights else {}
         try:
-            machine = self._engine.module["vm_load_executable"]()
+            machine = engine.module["vm_load_executable"]()
             machine["vm_initialization"](_CPU, 0, _POOLED)
-            return {batch: _Entry(machine[name]) for batch, name in entries.items()}
+            arity = machine["get_function_arity"]
+            entries = {
+                batch: _Entry(machine[name], [engine.weights[position] for position in taken.get(batch, ())])
+                for batch, name in record.entries.items()
+            }
+            wanted = {batch: int(arity(name)) for batch, name in record.entries.items()}
         except Exception as exc:  # whatever TVM raises: there is no other boundary
             raise BundleRefused(
                 f"the engine cannot be started: {first_line(exc)}", hint="build the bundle again"
             ) from exc
+        for batch, entry in entries.items():
+            given = len(self._inputs) + len(entry.weights)
+            if given != wanted[batch]:
+                raise BundleRefused(
+                    f"the engine's '{record.entries[batch]}' takes {wanted[batch]} inputs and weights, the manifest "
+                    f"lists {given}",
+                    hint="build the bundle again",
+                )
+        return entries
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -137,7 +146,8 @@ class TvmSession:
     def _call(self, batch: int, feeds: Feeds) -> Tensors:
         entry = self._entries[batch]
         try:
-            result = entry.function(*entry.tensors(self._runtime, [feeds[spec.name] for spec in self._inputs]))
+            inputs = entry.tensors(self._runtime, [feeds[spec.name] for spec in self._inputs])
+            result = entry.function(*inputs, *entry.weights)
             found = (result,) if hasattr(result, "__dlpack__") else tuple(result)
             # copies: an engine may return a weight, an input, or memory that the next run reuses
             arrays = [np.array(np.from_dlpack(tensor)) for tensor in found]
@@ -243,10 +253,11 @@ def first_line(error: BaseException) -> str:
 
 
 class _Entry:
-    """A function of the engine, and buffers for inputs that cannot be handed over as they are."""
+    """A function of the engine, its weights, and buffers for inputs that cannot be handed over as they are."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, weights: Sequence[Any]) -> None:
         self.function = function
+        self.weights = weights
         self._buffers: dict[int, tuple[NDArray[Any], Any]] = {}
 
     def tensors(self, runtime: tvm_runtime.TvmRuntime, arrays: Sequence[NDArray[Any]]) -> list[Any]:
@@ -276,29 +287,38 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 @dataclass(eq=False)
 class _Engine:
-    """A loaded engine file; sessions of the same engine share it, and so its weights."""
+    """A loaded engine file and its mapped weights; sessions of the same engine share them."""
 
     module: Any
+    weights: tuple[Any, ...]
 
 
-_engines: weakref.WeakValueDictionary[str, _Engine] = weakref.WeakValueDictionary()
+_engines: weakref.WeakValueDictionary[tuple[Any, ...], _Engine] = weakref.WeakValueDictionary()
 _engines_lock = threading.Lock()
 _serial = itertools.count(1)
 
 
-def _shared_engine(runtime: tvm_runtime.TvmRuntime, digest: str, file: BinaryIO, elf: Elf) -> _Engine:
-    with _engines_lock:
-        engine = _engines.get(digest)
-        if engine is None:
-            try:
-                module = runtime.load_library(_loadable(file), "so")
-            except Exception as exc:  # whatever TVM raises: there is no other boundary
-                raise BundleRefused(
-                    f"the engine cannot be loaded: {first_line(exc)}", where=[file.name], hint="build the bundle again"
-                ) from exc
-            engine = _engines[digest] = _Engine(module)
-            _forget_file_pages(file, elf)
-        return engine
+def _shared_engine(runtime: tvm_runtime.TvmRuntime, bundle: Bundle, file: BinaryIO) -> _Engine:
+    manifest = bundle.manifest
+    record = manifest.engine.weights
+    key = (*(manifest.files[name].sha256 for name in manifest.engine.roles), record.tensors if record else ())
+    with contextlib.ExitStack() as stack:
+        weights = stack.enter_context(bundle.open(record.file)) if record else None
+        with _engines_lock:
+            engine = _engines.get(key)
+            if engine is None:
+                arrays = map_weights(weights, record) if weights and record else ()
+                engine = _engines[key] = _Engine(_module(runtime, file), tuple(map(runtime.from_dlpack, arrays)))
+            return engine
+
+
+def _module(runtime: tvm_runtime.TvmRuntime, file: BinaryIO) -> Any:
+    try:
+        return runtime.load_library(_loadable(file), "so")
+    except Exception as exc:  # whatever TVM raises: there is no other boundary
+        raise BundleRefused(
+            f"the engine cannot be loaded: {first_line(exc)}", where=[file.name], hint="build the bundle again"
+        ) from exc
 
 
 def _loadable(file: BinaryIO) -> str:
@@ -312,37 +332,6 @@ def _loadable(file: BinaryIO) -> str:
         return str(file.name)
     spelling = "".join("./" if digit == "1" else "/" for digit in f"{next(_serial):b}")
     return f"{folder}/{spelling}{number}"
-
-
-def _forget_file_pages(file: BinaryIO, elf: Elf) -> None:
-    """Stop counting the file's constants as this process's memory: TVM made its own copy of the weights.
-
-    Only pages that the loader cannot have written to: what it relocated would be lost.
-    """
-    base = _base_address(file)
-    if base is None or elf.text_relocations:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None).madvise
-        for segment in elf.segments:
-            first = base + segment.address
-            start = first + -first % mmap.PAGESIZE
-            length = (first + segment.size - start) // mmap.PAGESIZE * mmap.PAGESIZE
-            if length > 0 and not segment.writable:
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
-
-
-def _base_address(file: BinaryIO) -> int | None:
-    """Return where the loader put a file (its mapping of offset 0); None where that cannot be told for sure."""
-    status = os.fstat(file.fileno())
-    wanted = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
-    found = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
-            span, _, offset, device, inode, *_ = line.split(maxsplit=5)
-            if (device, inode) == wanted and int(offset, 16) == 0:
-                found.add(int(span.partition("-")[0], 16))
-    return found.pop() if len(found) == 1 else None
 
 
 def _trim() -> None:

@@ -700,6 +700,19 @@ def _no_engine(bundle: Path) -> None:
     (bundle / "engine.so").unlink()
 
 
+def _tampered_weights(bundle: Path) -> None:
+    weights = bundle / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x7f" * 4)
+
+
+def _cut_weights(bundle: Path) -> None:
+    os.truncate(bundle / "weights.bin", 64)
+
+
+def _far_weights(document: dict[str, Any]) -> None:
+    document["engine"]["weights"]["tensors"][0]["offset"] = 1 << 40
+
+
 def _linked_engine(bundle: Path) -> None:
     (bundle / "engine.so").rename(bundle.parent / "elsewhere.so")
     (bundle / "engine.so").symlink_to(bundle.parent / "elsewhere.so")
@@ -745,9 +758,14 @@ BUNDLES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], int, str]] =
     "a folder of other things": (_no_manifest, ALL, 4, "holds no manifest.json"),
     "a tampered engine": (_tampered_engine, ALL, 4, "'engine.so' was changed after it was built"),
     "a missing engine": (_no_engine, ALL, 4, "'engine.so' cannot be read"),
+    "tampered weights": (_tampered_weights, ALL, 4, "'weights.bin' was changed after it was built"),
+    "truncated weights": (_cut_weights, ALL, 4, "'weights.bin' has 64 bytes"),
+    "missing weights": (lambda path: (path / "weights.bin").unlink(), ALL, 4, "'weights.bin' cannot be read"),
+    "weights beyond their file": (_edit(_far_weights), ALL, 4, "do not lie in 'weights.bin'"),
     "an engine behind a link": (_linked_engine, ALL, 4, "is not a plain file of the bundle"),
     "a truncated manifest": (_cut_manifest, ALL, 4, "the manifest is not valid"),
     "a manifest in another spelling": (_spaced_manifest, ALL, 4, "not what cnncc writes"),
+    "a bundle of the former format": (_edit(_set("schema", value="cnncc.bundle/1")), ALL, 4, "build the bundle again"),
     "an unknown schema": (_edit(_set("schema", value="cnncc.bundle/9")), ALL, 4, "'cnncc.bundle/9'"),
     "a field that is not ours": (_edit(_set("extra", value=1)), ALL, 4, "surplus or repeated fields"),
     "a file outside": (

@@ -67,7 +67,7 @@ def test_json_is_one_document_and_names_the_bundle(digits: Digits) -> None:
     assert bundle["digest"] == digest_file(digits.bundle / "manifest.json")
     assert (bundle["target"], bundle["device"], bundle["precision"]) == ("llvm", "host", "fp32")
     assert (bundle["parity"], bundle["unchanged"]) == ("passed", True)
-    assert bundle["engine_bytes"] == (digits.bundle / "engine.so").stat().st_size
+    assert bundle["engine_bytes"] == sum((digits.bundle / name).stat().st_size for name in ("engine.so", "weights.bin"))
 
 
 def test_quiet_leaves_the_result_alone(digits: Digits) -> None:
@@ -77,8 +77,16 @@ def test_quiet_leaves_the_result_alone(digits: Digits) -> None:
 
 
 def test_the_bundle_holds_what_it_should_and_nothing_else(digits: Digits) -> None:
-    assert set(tree(digits.bundle)) == {"manifest.json", "engine.so", "golden.npz", "parity.json", "reference.onnx"}
+    roles = {
+        "engine.so": "engine",
+        "weights.bin": "weights",
+        "golden.npz": "golden",
+        "parity.json": "report",
+        "reference.onnx": "reference",
+    }
+    assert set(tree(digits.bundle)) == {"manifest.json", *roles}
     manifest = read_bundle(digits.bundle).manifest
+    assert {name: record.role for name, record in manifest.files.items()} == roles
     assert manifest.name == "digits"
     assert manifest.model["source"] == "model.py:build"
     assert [str(spec) for spec in manifest.inputs] == ["image: float32[1, 3, 28, 28]"]
@@ -261,7 +269,8 @@ def test_several_targets_make_a_bundle_each(digits: Digits, wrong_target: str, t
     arguments = ("compile", digits.model, "--weights", digits.weights, *targets, "-o", tmp_path / "m.cnncc")
     call(*arguments, code=1)  # the broken one is refused, what came before it stays
     assert [path.name for path in tmp_path.glob("*.cnncc")] == ["m-llvm-host.cnncc"]
-    assert tree(tmp_path / "m-llvm-host.cnncc")["engine.so"] == (digits.bundle / "engine.so").read_bytes()
+    for name in ("engine.so", "weights.bin"):
+        assert tree(tmp_path / "m-llvm-host.cnncc")[name] == (digits.bundle / name).read_bytes()
 
 
 # ---- verify
@@ -414,7 +423,15 @@ def test_run_takes_several_inputs_of_several_kinds(digits: Digits, image: Path, 
 
 def test_inspect_shows_a_bundles_layers_and_files(digits: Digits) -> None:
     text = call("inspect", digits.bundle).stdout
-    for part in ("features.0", "Conv", "engine.so", "float32[1, 3, 28, 28]", "fp32 asked, float32 executed", "passed"):
+    for part in (
+        "features.0",
+        "Conv",
+        "engine.so",
+        "weights.bin",
+        "float32[1, 3, 28, 28]",
+        "fp32 asked, float32 executed",
+        "passed",
+    ):
         assert part in text
     document = call("inspect", digits.bundle, "--json").document
     assert document["digest"] == digest_file(digits.bundle / "manifest.json")

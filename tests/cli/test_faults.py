@@ -268,7 +268,7 @@ def test_every_damaged_blob_is_noticed_and_made_again(place: Place, digits: Digi
     assert "unchanged" in again.stdout
 
 
-@pytest.mark.parametrize("name", ["engine.so", "manifest.json"])
+@pytest.mark.parametrize("name", ["engine.so", "weights.bin", "manifest.json"])
 def test_a_single_damaged_blob_costs_only_the_stage_that_made_it(place: Place, digits: Digits, name: str) -> None:
     place.bundle.parent.mkdir()
     damage(place.cache / "v1" / "blobs" / (digest := digest_file(digits.bundle / name)[7:])[:2] / digest, "flipped")

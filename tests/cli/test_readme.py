@@ -50,7 +50,9 @@ def test_a_command_line_of_the_readme_parses(line: str) -> None:
 
 def test_every_flag_that_the_readme_names_exists() -> None:
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    known = {option for command in commands if command for p in command.params for option in p.opts} | FOREIGN
+    known = {
+        option for command in commands if command for p in command.params for option in (*p.opts, *p.secondary_opts)
+    } | FOREIGN
     text = "\n".join([*(block for _, block in BLOCKS), *INLINE])
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
     assert named

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cnncc_runtime.specs import TensorSpec
-from tests.runtime.engine_files import make_bundle, manifest
+from tests.runtime.engine_files import WEIGHTY_RECORD, make_bundle, manifest
 
 HEAVY = ([TensorSpec("x", (512, 64))], [TensorSpec("y", (512, 64))])
 WEIGHTY = ([TensorSpec("x", (1, 1024))], [TensorSpec("y", (1, 1024))])
@@ -33,6 +33,11 @@ def bundle(engines: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(name: str = "conv", *specs: Any, **changes: Any) -> Path:
         folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}.cnncc"
-        return make_bundle(folder, manifest(*specs, **changes), engines / f"{name}.so")
+        weights = engines / f"{name}.bin"
+        if weights.exists():
+            changes.setdefault("engine", WEIGHTY_RECORD)
+        return make_bundle(
+            folder, manifest(*specs, **changes), engines / f"{name}.so", weights if weights.exists() else None
+        )
 
     return make

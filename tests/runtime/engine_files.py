@@ -18,8 +18,10 @@ from cnncc_runtime.bundle import SCHEMA, EngineRecord, Manifest, TargetRecord, w
 from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.specs import DTYPES, TensorSpec
 from cnncc_runtime.tvm_runtime import ABI
+from cnncc_runtime.weights import WeightRecord, WeightsRecord
 
 ENGINE = "engine.so"
+WEIGHTS = "weights.bin"
 TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 
 
@@ -51,10 +53,13 @@ def manifest(
     return replace(made, **changes)
 
 
-def make_bundle(folder: Path, described: Manifest, engine: bytes | Path) -> Path:
+def make_bundle(folder: Path, described: Manifest, engine: bytes | Path, weights: bytes | Path | None = None) -> Path:
     """Write a bundle; return its folder."""
     folder.mkdir(parents=True)
-    write_bundle(folder, described, {ENGINE: ("engine", engine)})
+    files: dict[str, tuple[str, bytes | Path]] = {ENGINE: ("engine", engine)}
+    if weights is not None:
+        files[WEIGHTS] = ("weights", weights)
+    write_bundle(folder, described, files)
     return folder
 
 
@@ -161,22 +166,41 @@ def heavy(path: Path, rows: int = 512, rounds: int = 64) -> Path:
     return relax_engine(path, [(rows, 64)], body)
 
 
-def weighty(path: Path, megabytes: int) -> Path:
-    """An engine with that much weight and little work: it adds up ``weight * x`` by column."""
+PARTS, ROWS = 8, 1536
+
+WEIGHTY_RECORD = EngineRecord(
+    ENGINE,
+    "tvm-vm",
+    ABI,
+    {0: "main"},
+    WeightsRecord(
+        WEIGHTS,
+        tuple(WeightRecord(part * ROWS * 1024 * 4, (ROWS, 1024), "float32") for part in range(PARTS)),
+        {0: tuple(range(PARTS))},
+    ),
+)
+"""Of `weighty`: 48 MiB in several tensors, as a real network has."""
+
+
+def weighty_part(part: int) -> NDArray[np.float32]:
+    return np.full((ROWS, 1024), part + 1, "f") + np.arange(1024, dtype="f")
+
+
+def weighty(folder: Path) -> None:
+    """An engine with much weight, in a file beside it, and little work: it adds up ``weight * x`` by column."""
     from tvm import relax
 
-    count = megabytes * (1 << 20) // 4 // 1024
-    # several constants, as a real network has
-    parts = [np.full((count // 8, 1024), i + 1, "f") + np.arange(1024, dtype="f") for i in range(8)]
-
-    def body(builder: Any, x: Any) -> Any:
+    def body(builder: Any, x: Any, *parts: Any) -> Any:
         total = x
         for part in parts:
-            scaled = builder.emit(relax.op.multiply(relax.const(part), x))
+            scaled = builder.emit(relax.op.multiply(part, x))
             total = builder.emit(relax.op.add(total, relax.op.sum(scaled, axis=[0], keepdims=True)))
         return total
 
-    return relax_engine(path, [(1, 1024)], body)
+    with (folder / "weighty.bin").open("wb") as file:
+        for part in range(PARTS):
+            file.write(weighty_part(part).data)
+    relax_engine(folder / "weighty.so", [(1, 1024), *[(ROWS, 1024)] * PARTS], body)
 
 
 def odd(folder: Path) -> None:
@@ -202,7 +226,7 @@ def main(folder: Path) -> None:
     conv(folder / "conv.so")
     conv(folder / "batches.so", (1, 4))
     heavy(folder / "heavy.so")
-    weighty(folder / "weighty.so", 48)
+    weighty(folder)
     odd(folder)
 
 

@@ -19,6 +19,8 @@ from cnncc_runtime.errors import BundleRefused
 from cnncc_runtime.preprocess import IMAGENET, Preprocessing
 from tests.runtime.engine_files import ENGINE, make_bundle, manifest
 
+HEAD = b'{"schema":"cnncc.bundle/2"'
+
 ANY_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -196,7 +198,7 @@ def test_a_name_that_leaves_the_folder_or_cannot_be_one_is_refused(folder: Path,
         ("surplus field", lambda plain: plain.update(surplus=1)),
         ("surplus field inside", lambda plain: plain["target"].update(surplus=1)),
         ("missing field", lambda plain: plain.pop("labels")),
-        ("other schema", lambda plain: plain.update(schema="cnncc.bundle/2")),
+        ("other schema", lambda plain: plain.update(schema="cnncc.bundle/9")),
         ("engine not listed", lambda plain: plain["engine"].update(file="other.so")),
         ("negative size", lambda plain: plain["files"][ENGINE].update(size=-1)),
         ("huge size", lambda plain: plain["files"][ENGINE].update(size=1 << 62)),
@@ -224,9 +226,9 @@ def test_a_manifest_that_contradicts_itself_is_refused(folder: Path, title: str,
         b"null",
         b"[" * 100_000,
         b'{"schema":' * 100_000,
-        b'{"schema":"cnncc.bundle/1","name":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"schema":"cnncc.bundle/1","x":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
-        b'\xff\xfe{"schema":"cnncc.bundle/1"}',
+        HEAD + b',"name":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        HEAD + b',"x":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
+        b"\xff\xfe" + HEAD + b"}",
         b'{"schema":"\\ud800"}',
         b'{"schema":NaN}',
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +86,36 @@ def test_a_light_model_of_the_onnx_package_compiles(path: Path, tmp_path: Path) 
 
 def test_the_nine_light_models_are_there() -> None:
     assert len(LIGHT) == 9
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+import cnncc_runtime
+from cnncc_runtime import tvm_runtime
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+tvm_runtime.load()
+before = peak()
+with cnncc_runtime.open(sys.argv[1], threads=2) as session:
+    [spec] = session.inputs
+    for _ in range(2):
+        session.run({spec.name: np.zeros(spec.shape, "f")})
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_network_takes_the_memory_of_its_weights_once(tmp_path: Path) -> None:
+    bundle = compiled(ModelRequest(reference("resnet18"), input_shapes=("1,3,224,224",)), tmp_path).bundle
+    record = bundle.manifest.engine.weights
+    assert record is not None
+    weights = bundle.manifest.files[record.file].size
+    assert weights > 40 << 20
+    assert bundle.manifest.files[bundle.manifest.engine.file].size < 2 << 20, "the engine file is code alone"
+    done = subprocess.run([sys.executable, "-c", PEAK, str(bundle.path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.3 * weights

@@ -17,8 +17,10 @@ from typing import TypeVar
 
 import msgspec
 
-from cnncc.compiler.child import how_it_ended
+import cnncc
+import cnncc_runtime
 from cnncc.compiler.bench.protocol import Command, Failed, Reply, Stop, Stopped
+from cnncc.compiler.child import how_it_ended
 from cnncc_runtime import errors
 from cnncc_runtime.errors import CnnccError, RunFailed
 
@@ -45,21 +47,25 @@ class WorkerProcess:
         folder: An existing folder that nothing else writes to; the worker's working directory.
         threads: Threads that every library is told to use.
         timeout: Seconds that one command may take.
+        python: The Python to run it with; one that is not ours needs numpy and msgspec besides the library.
     """
 
-    def __init__(self, name: str, folder: Path, *, threads: int, timeout: float) -> None:
+    def __init__(self, name: str, folder: Path, *, threads: int, timeout: float, python: str = sys.executable) -> None:
         self._name = name
         self._timeout = timeout
+        environment = _environment(os.environ, threads)
+        if python != sys.executable:
+            environment["PYTHONPATH"] = str(_own_packages(folder))
         self._stderr = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         self._buffer = b""
         # the working directory comes first on the worker's module path: an empty one shadows no library
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cnncc.compiler.bench.worker", str(os.getpid())],
+            [python, "-m", "cnncc.compiler.bench.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             cwd=folder,
-            env=_environment(os.environ, threads),
+            env=environment,
             start_new_session=True,
         )
 
@@ -71,6 +77,12 @@ class WorkerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Kill the worker and everything it started."""
+        self.end()
+
+    def end(self) -> None:
+        """Kill the worker and everything it started; does nothing the second time."""
+        if self._stderr.closed:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -173,6 +185,16 @@ class WorkerProcess:
     def _tail(self) -> list[str]:
         self._stderr.seek(0)
         return self._stderr.read().decode(errors="replace").splitlines()[-_TAIL:]
+
+
+def _own_packages(folder: Path) -> Path:
+    """Return a folder from which another Python imports our packages, and nothing else of our environment."""
+    home = folder / "packages"
+    home.mkdir()
+    for package in (cnncc, cnncc_runtime):
+        found = Path(str(package.__file__)).parent
+        (home / found.name).symlink_to(found)
+    return home
 
 
 def _environment(base: Mapping[str, str], threads: int) -> dict[str, str]:

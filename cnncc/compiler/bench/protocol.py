@@ -5,6 +5,22 @@ from __future__ import annotations
 import msgspec
 
 
+class Convert(msgspec.Struct, frozen=True, tag="convert"):
+    """Make a library's own form of a model.
+
+    Attributes:
+        adapter: ``module:Class`` of the adapter, which has `cnncc.compiler.bench.adapters.Converter.convert`.
+        options: Passed to the adapter.
+        source: The model.
+        folder: An existing folder for what is made.
+    """
+
+    adapter: str
+    options: dict[str, str]
+    source: str
+    folder: str
+
+
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """Import the library, open the engine and take the inputs.
 
@@ -46,6 +62,12 @@ class Save(msgspec.Struct, frozen=True, tag="save"):
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Say how much memory was used, and end."""
+
+
+class Converted(msgspec.Struct, frozen=True, tag="converted"):
+    """The library's own form lies at ``path``."""
+
+    path: str
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
@@ -112,5 +134,5 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     hint: str = ""
 
 
-Command = Open | Warm | Measure | Save | Stop
-Reply = Opened | Timed | Saved | Stopped | Failed
+Command = Convert | Open | Warm | Measure | Save | Stop
+Reply = Converted | Opened | Timed | Saved | Stopped | Failed

@@ -119,6 +119,19 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A peer that was asked for and not measured.
+
+    Attributes:
+        name: As ``--against`` takes it.
+        reason: Why, as its error says it.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Noise:
     """Whether the machine was quiet.
 
@@ -145,6 +158,7 @@ class BenchmarkReport:
         noise: Whether to believe it.
         ratios: Ours against every peer.
         subjects: Everyone's figures.
+        refused: Peers that could not be measured, where that was not an error.
     """
 
     schema: str
@@ -156,6 +170,7 @@ class BenchmarkReport:
     noise: Noise
     ratios: tuple[Ratio, ...]
     subjects: tuple[SubjectResult, ...]
+    refused: tuple[Refused, ...] = ()
 
     def subject(self, name: str) -> SubjectResult | None:
         """Return one engine's figures, or None."""

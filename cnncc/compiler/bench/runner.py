@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cnncc.compiler.bench.machine import Machine, describe_machine, read_clocks, read_load
 from cnncc.compiler.bench.process import WorkerProcess
 from cnncc.compiler.bench.protocol import Measure, Open, Opened, Save, Saved, Timed, Warm
+from cnncc.compiler.bench.referee import Referee
 from cnncc.compiler.bench.report import (
     SCHEMA,
     BenchmarkReport,
@@ -34,7 +35,7 @@ from cnncc.compiler.bench.report import (
 from cnncc.compiler.bench.statistics import paired_ratio, percentile, spread
 from cnncc.compiler.bench.subjects import OURS, Subject, engine_size, find_kind
 from cnncc.compiler.parity import compare, judge_output
-from cnncc_runtime.errors import DataRefused, Interrupted, ParityFailed, UsageError
+from cnncc_runtime.errors import DataRefused, Interrupted, ParityFailed, RunFailed, UsageError
 from cnncc_runtime.specs import Feeds
 
 Progress = Callable[[str, float], None]
@@ -67,6 +68,24 @@ Measured: with 0.1 of 2 CPUs taken, two workers of the same 2-thread engine agre
 """
 
 
+MORE_CORES = 0.3
+"""Cores beyond its threads on which a subject's process may be busy: some have a helper that watches the others."""
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What `run_benchmark` was asked for."""
+
+    feeds: Feeds
+    threads: int
+    rounds: int
+    min_time: float
+    seed: int
+    timeout: float
+    agreement: float
+    referee: Referee
+
+
 @dataclass
 class _Turns:
     """What one subject measured so far."""
@@ -92,6 +111,8 @@ def run_benchmark(
     seed: int = 0,
     timeout: float = 600.0,
     progress: Progress | None = None,
+    agreement: float = AGREEMENT_LIMIT,
+    referee: Referee | None = None,
 ) -> BenchmarkReport:
     """Measure subjects and compare the first with every other one.
 
@@ -104,6 +125,8 @@ def run_benchmark(
         seed: Of the order.
         timeout: Seconds that one step of one subject (opening it, a round) may take.
         progress: Told how far the benchmark is.
+        agreement: Largest relative L2 distance between subjects' outputs.
+        referee: Says whether to go on without peers that fail; without one, their errors are raised.
 
     Raises:
         UsageError: No subjects, names that repeat, an unknown kind, or absurd counts.
@@ -113,16 +136,23 @@ def run_benchmark(
         RunFailed: A subject crashed, hung or ran out of memory; names it.
         Interrupted: Ctrl-C.
     """
+    referee = referee or Referee(lenient=False)
     _check(subjects, feeds, threads, rounds, min_time)
+    course = _Course(feeds, threads, rounds, min_time, seed, timeout, agreement, referee)
     tell = progress or (lambda _what, _fraction: None)
     load, clocks, spent = read_load(), read_clocks(), _cpu_spent()
     try:
         with tempfile.TemporaryDirectory(prefix="cnncc-bench-") as name:
-            turns = _measure(subjects, feeds, threads, rounds, min_time, seed, timeout, tell, Path(name))
+            turns = _measure(subjects, course, tell, Path(name))
     except KeyboardInterrupt as exc:
         raise Interrupted("the benchmark was interrupted; its processes are gone") from exc
     machine = describe_machine(clocks, read_clocks(), load_before=load, own_cpu_s=_cpu_spent() - spent)
-    noise = judge_noise(machine, {turn.subject.name: turn.wall for turn in turns}, threads)
+    noise = judge_noise(
+        machine,
+        {turn.subject.name: turn.wall for turn in turns},
+        threads,
+        {turn.subject.name: _cores(turn) for turn in turns},
+    )
     batch = _batch(feeds)
     basis = "cpu" if threads == 1 and noise.noisy else "wall"
     distances = _agreement(turns)
@@ -136,18 +166,31 @@ def run_benchmark(
         noise,
         tuple(_ratio(turns[0], peer, basis) for peer in turns[1:]),
         tuple(_result(turn, batch, distances[turn.subject.name]) for turn in turns),
+        referee.refused,
     )
 
 
-def judge_noise(machine: Machine, rounds: dict[str, list[tuple[float, ...]]], threads: int) -> Noise:
+def _cores(turn: _Turns) -> float:
+    return float(np.sum(np.concatenate(turn.cpu)) / np.sum(np.concatenate(turn.wall)))
+
+
+def judge_noise(
+    machine: Machine, rounds: dict[str, list[tuple[float, ...]]], threads: int, cores: dict[str, float]
+) -> Noise:
     """Say whether a machine was quiet while it measured.
 
     Args:
         machine: What it was busy with.
         rounds: Subject → wall times, a tuple per round.
         threads: Threads that were measured with.
+        cores: Subject → CPU time over wall time: the cores that it computed on.
     """
     reasons = [
+        f"{name} computed on {used:.1f} cores instead of {threads}"
+        for name, used in cores.items()
+        if used > threads + MORE_CORES
+    ]
+    reasons += [
         f"{name}: the medians of its rounds scatter by {scatter:.0%}"
         for name, times in rounds.items()
         if (scatter := spread(times)) > NOISY_SPREAD
@@ -183,42 +226,62 @@ def _check(subjects: Sequence[Subject], feeds: Feeds, threads: int, rounds: int,
             raise UsageError(f"{subject.name}: {subject.path} does not exist")
 
 
-def _measure(
-    subjects: Sequence[Subject],
-    feeds: Feeds,
-    threads: int,
-    rounds: int,
-    min_time: float,
-    seed: int,
-    timeout: float,
-    tell: Progress,
-    folder: Path,
-) -> list[_Turns]:
+def _measure(subjects: Sequence[Subject], course: _Course, tell: Progress, folder: Path) -> list[_Turns]:
     inputs = folder / "feeds.npz"
-    np.savez(inputs, **{str(n): np.ascontiguousarray(a) for n, a in enumerate(feeds.values())})  # type: ignore[arg-type]
+    arrays = {str(n): np.ascontiguousarray(array) for n, array in enumerate(course.feeds.values())}
+    np.savez(inputs, **arrays)  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack:
         turns = []
         for number, subject in enumerate(subjects):
             tell(f"opening {subject.name}", 0.3 * number / len(subjects))
             home = folder / str(number)
             home.mkdir()
-            worker = stack.enter_context(WorkerProcess(subject.name, home, threads=threads, timeout=timeout))
-            turns.append(_open(subject, worker, inputs, tuple(feeds), threads, home))
-        _refuse_disagreement(turns)
-        plan = [(turn, _runs_per_round(turn.warm.wall, rounds, min_time)) for turn in turns]
-        for done in _rounds(plan, rounds, seed):
-            tell(f"round {done} of {rounds}", (3 + 7 * done / rounds) / 10)
-        for turn in turns:
-            turn.peak = turn.worker.finish()
-    return turns
+            worker = stack.enter_context(_worker(subject, course, home))
+            with _watched(course, subject, worker):
+                turns.append(_open(subject, worker, inputs, course, home))
+        _refuse_disagreement(turns, course)
+        turns = _staying(turns, course)
+        plan = [(turn, _runs_per_round(turn.warm.wall, course.rounds, course.min_time)) for turn in turns]
+        for done in _rounds(plan, course):
+            tell(f"round {done} of {course.rounds}", (3 + 7 * done / course.rounds) / 10)
+        for turn in _staying(turns, course):
+            with _watched(course, turn.subject, turn.worker):
+                turn.peak = turn.worker.finish()
+    return _staying(turns, course)
 
 
-def _open(
-    subject: Subject, worker: WorkerProcess, inputs: Path, names: tuple[str, ...], threads: int, home: Path
-) -> _Turns:
+def _worker(subject: Subject, course: _Course, home: Path) -> WorkerProcess:
+    python = find_kind(subject.kind).python
+    return WorkerProcess(subject.name, home, threads=course.threads, timeout=course.timeout, python=python)
+
+
+@contextlib.contextmanager
+def _watched(course: _Course, subject: Subject, worker: WorkerProcess) -> Iterator[None]:
+    """Do something with a worker, which ends at once where its subject leaves the benchmark."""
+    with course.referee.watch(subject.name):
+        yield
+    if not course.referee.stays(subject.name):
+        worker.end()
+
+
+def _staying(turns: Sequence[_Turns], course: _Course) -> list[_Turns]:
+    """Return the subjects that are still there.
+
+    Raises:
+        RunFailed: None is.
+    """
+    staying = [turn for turn in turns if course.referee.stays(turn.subject.name)]
+    if not staying:
+        raise RunFailed(
+            "nobody could be measured", where=[f"{peer.name}: {peer.reason}" for peer in course.referee.refused]
+        )
+    return staying
+
+
+def _open(subject: Subject, worker: WorkerProcess, inputs: Path, course: _Course, home: Path) -> _Turns:
     kind = find_kind(subject.kind)
-    command = Open(kind.adapter, kind.options, str(subject.path.resolve()), threads, str(inputs), names)
-    opened = worker.ask(command, Opened)
+    path, names = str(subject.path.resolve()), tuple(course.feeds)
+    opened = worker.ask(Open(kind.adapter, kind.options, path, course.threads, str(inputs), names), Opened)
     warm = worker.ask(Warm(WARM_UP_S), Timed)
     outputs = home / "outputs.npz"
     saved = worker.ask(Save(str(outputs)), Saved)
@@ -231,25 +294,38 @@ def _runs_per_round(warm: Sequence[float], rounds: int, min_time: float) -> int:
     return max(1, min(MAX_RUNS_PER_ROUND, math.ceil(min_time / rounds / max(typical, 1e-9))))
 
 
-def _rounds(plan: Sequence[tuple[_Turns, int]], rounds: int, seed: int) -> Iterator[int]:
+def _rounds(plan: Sequence[tuple[_Turns, int]], course: _Course) -> Iterator[int]:
     """Measure round by round; yields the number of rounds done."""
-    shuffle = random.Random(seed)
-    for done in range(1, rounds + 1):
+    shuffle = random.Random(course.seed)
+    for done in range(1, course.rounds + 1):
         for turn, runs in shuffle.sample(plan, len(plan)):
-            timed = turn.worker.ask(Measure(runs, WAKE_RUNS), Timed)
-            turn.wall.append(timed.wall)
-            turn.cpu.append(timed.cpu)
-            turn.switches += timed.switches
+            if course.referee.stays(turn.subject.name):
+                with _watched(course, turn.subject, turn.worker):
+                    _take_turn(turn, runs)
         yield done
 
 
+def _take_turn(turn: _Turns, runs: int) -> None:
+    timed = turn.worker.ask(Measure(runs, WAKE_RUNS), Timed)
+    turn.wall.append(timed.wall)
+    turn.cpu.append(timed.cpu)
+    turn.switches += timed.switches
+
+
+def _reference(turns: Sequence[_Turns]) -> _Turns:
+    """Return the subject that the others are compared with: the first peer, or ours where it is alone."""
+    return next((turn for turn in turns if turn.subject.kind != OURS), turns[0])
+
+
 def _agreement(turns: Sequence[_Turns]) -> dict[str, float | None]:
-    """Return each subject's largest relative L2 distance to the first peer (or to ours, where it is alone)."""
-    reference = next((turn for turn in turns if turn.subject.kind != OURS), turns[0])
+    """Return each subject's largest relative L2 distance to the reference."""
+    reference = _reference(turns)
     found: dict[str, float | None] = {}
     for turn in turns:
-        pairs = zip(reference.outputs, turn.outputs, strict=True)
-        found[turn.subject.name] = None if turn is reference else max(_distance(a, b) for a, b in pairs)
+        pairs = list(zip(reference.outputs, turn.outputs, strict=False))
+        same = len(reference.outputs) == len(turn.outputs)
+        distance = max((_distance(a, b) for a, b in pairs), default=0.0) if same else math.inf
+        found[turn.subject.name] = None if turn is reference else distance
     return found
 
 
@@ -261,20 +337,30 @@ def _distance(reference: NDArray[Any], found: NDArray[Any]) -> float:
     return judged.max_scaled if judged.rel_l2 is None else judged.rel_l2
 
 
-def _refuse_disagreement(turns: Sequence[_Turns]) -> None:
-    counts = {turn.subject.name: len(turn.outputs) for turn in turns}
+def _refuse_disagreement(turns: Sequence[_Turns], course: _Course) -> None:
+    """Send away whoever computes something else; where that is an error, name all of them."""
+    if not turns:
+        return
+    reference = _reference(turns)
+    bad = {
+        turn.subject.name: _difference(reference, turn, distance)
+        for turn in turns
+        if (distance := _agreement([reference, turn])[turn.subject.name]) is not None and distance > course.agreement
+    }
+    if not bad:
+        return
+    message = f"the subjects do not compute what {reference.subject.name} computes"
     hint = "check that all of them were made from the same model; `cnncc verify` says more about ours"
-    if len(set(counts.values())) > 1:
-        where = [f"{name}: {count} outputs" for name, count in counts.items()]
-        raise ParityFailed("the subjects do not have equally many outputs", where=where, hint=hint)
-    bad = [
-        f"{name}: " + ("shapes, dtypes or NaN differ" if math.isinf(found) else f"{found:.1e} relative L2")
-        for name, found in _agreement(turns).items()
-        if found is not None and found > AGREEMENT_LIMIT
-    ]
-    if bad:
-        reference = next((t.subject.name for t in turns if t.subject.kind != OURS), turns[0].subject.name)
-        raise ParityFailed(f"the subjects do not compute what {reference} computes", where=bad, hint=hint)
+    everyone = ParityFailed(message, where=[f"{name}: {text}" for name, text in bad.items()], hint=hint)
+    for name, text in bad.items():
+        one = ParityFailed(f"it does not compute what {reference.subject.name} computes: {text}")
+        course.referee.refuse(name, one, otherwise=everyone)
+
+
+def _difference(reference: _Turns, turn: _Turns, distance: float) -> str:
+    if len(reference.outputs) != len(turn.outputs):
+        return f"{len(turn.outputs)} outputs instead of {len(reference.outputs)}"
+    return "shapes, dtypes or NaN differ" if math.isinf(distance) else f"{distance:.1e} relative L2"
 
 
 def _ratio(ours: _Turns, peer: _Turns, basis: str) -> Ratio:

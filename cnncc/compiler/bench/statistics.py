@@ -84,3 +84,12 @@ def paired_ratio(
 
 def _matrix(rounds: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     return np.array([list(times) for times in rounds], dtype=np.float64)
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """Return the geometric mean: the one mean of ratios that says the same of them and of their inverses.
+
+    Args:
+        ratios: Positive, at least one.
+    """
+    return float(np.exp(np.mean(np.log(np.asarray(ratios, dtype=np.float64)))))

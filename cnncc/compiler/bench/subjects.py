@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +31,9 @@ class Kind:
         install: How to install it.
         form: What it reads: ``bundle``, ``onnx`` or ``program`` (a ``.pt2`` archive).
         options: Passed to the adapter.
+        fallback: What it reads where a model is not at hand in that form; empty for nothing else.
+        converts: Whether the adapter makes a form of its own of that, once
+            (`cnncc.compiler.bench.adapters.Converter`).
     """
 
     name: str
@@ -36,6 +43,19 @@ class Kind:
     install: str
     form: str
     options: dict[str, str] = field(default_factory=dict)
+    fallback: str = ""
+    converts: bool = False
+
+    @property
+    def variable(self) -> str:
+        """Environment variable that may name the Python to run it with, for a library that needs one of its own."""
+        return "CNNCC_BENCH_PYTHON_" + self.name.upper().replace("-", "_")
+
+    @property
+    def python(self) -> str:
+        """The Python that runs it: this one, unless its variable names another."""
+        named = os.environ.get(self.variable)
+        return str(Path(named).absolute()) if named else sys.executable
 
 
 _TORCH = f"{_ADAPTERS}:TorchAdapter"
@@ -60,6 +80,27 @@ KINDS: dict[str, Kind] = {
         Kind(
             "torch-compile", "torch.compile", _TORCH, "torch", "pip install torch", "program", {"compile": "inductor"}
         ),
+        Kind("openvino", "OpenVINO", f"{_ADAPTERS}:OpenVinoAdapter", "openvino", "pip install openvino", "onnx"),
+        Kind("mnn", "MNN", f"{_ADAPTERS}:MnnAdapter", "MNN", "pip install MNN", "onnx", converts=True),
+        Kind(
+            "ncnn",
+            "ncnn",
+            f"{_ADAPTERS}:NcnnAdapter",
+            "ncnn",
+            "pip install ncnn pnnx",
+            "program",
+            fallback="onnx",
+            converts=True,
+        ),
+        Kind(
+            "executorch",
+            "ExecuTorch, XNNPACK",
+            f"{_ADAPTERS}:ExecuTorchAdapter",
+            "executorch",
+            "make executorch, or name a Python that has it in CNNCC_BENCH_PYTHON_EXECUTORCH",
+            "program",
+            converts=True,
+        ),
     )
 }
 """Every kind by name; a new peer is one adapter and one line here."""
@@ -72,7 +113,7 @@ class Subject:
     Attributes:
         name: How the report calls it; unique in a benchmark.
         kind: Key of `KINDS`.
-        path: The bundle's folder, the ``.onnx`` file or the ``.pt2`` archive.
+        path: The bundle's folder, the ``.onnx`` file, the ``.pt2`` archive, or what a converter made of one.
     """
 
     name: str
@@ -85,6 +126,19 @@ def peers() -> tuple[str, ...]:
     return tuple(name for name in KINDS if name != OURS)
 
 
+def check_names(against: Sequence[str]) -> None:
+    """Check that peers are known, installed or not, and named once.
+
+    Raises:
+        UsageError: Names those that are not.
+    """
+    if doubled := sorted({name for name in against if list(against).count(name) > 1}):
+        raise UsageError(f"named twice: {', '.join(doubled)}")
+    for name in against:
+        if name not in peers():
+            raise UsageError(f"'{name}' is not a known peer", hint=f"known are {', '.join(peers())}")
+
+
 def find_kind(name: str) -> Kind:
     """Return a kind that is known and installed.
 
@@ -95,9 +149,25 @@ def find_kind(name: str) -> Kind:
     kind = KINDS.get(name)
     if kind is None:
         raise UsageError(f"'{name}' is not a known peer", hint=f"known are {', '.join(peers())}")
-    if importlib.util.find_spec(kind.needs) is None:
+    if not _has(kind.python, kind.needs):
         raise DependencyMissing(f"{kind.title} is not installed", hint=kind.install)
     return kind
+
+
+@functools.cache
+def _has(python: str, module: str) -> bool:
+    """Say whether a Python finds a module, without importing it.
+
+    Raises:
+        UsageError: There is no such Python.
+    """
+    if python == sys.executable:
+        return importlib.util.find_spec(module) is not None
+    script = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    try:
+        return subprocess.run([python, "-c", script, module], capture_output=True, check=False).returncode == 0
+    except OSError as exc:
+        raise UsageError(f"'{python}' does not run: {exc}", hint="see the CNNCC_BENCH_PYTHON_… variables") from exc
 
 
 def make_subjects(
@@ -115,8 +185,7 @@ def make_subjects(
         UsageError: An unknown peer, a peer named twice, or a peer whose form of the model was not given.
         DependencyMissing: A peer is not installed.
     """
-    if doubled := sorted({name for name in against if list(against).count(name) > 1}):
-        raise UsageError(f"named twice: {', '.join(doubled)}")
+    check_names(against)
     subjects = [] if bundle is None else [Subject(OURS, OURS, bundle)]
     paths = {"onnx": onnx, "program": program}
     missing = {
@@ -125,7 +194,7 @@ def make_subjects(
     }
     for name in against:
         kind = find_kind(name)
-        path = paths.get(kind.form)
+        path = paths.get(kind.form) or paths.get(kind.fallback)
         if path is None:
             raise UsageError(f"'{name}' has no model to run", hint=missing.get(kind.form, "give a bundle"))
         subjects.append(Subject(name, name, path))
@@ -133,12 +202,13 @@ def make_subjects(
 
 
 def engine_size(subject: Subject) -> int:
-    """Return the bytes of an engine: a bundle's engine file, or the model file.
+    """Return the bytes of an engine: a bundle's engine with its weights, or the model's file or files.
 
     Raises:
         BundleRefused: The bundle cannot be read.
     """
     if find_kind(subject.kind).form == "bundle":
-        manifest = read_bundle(subject.path).manifest
-        return manifest.files[manifest.engine.file].size
+        return read_bundle(subject.path).manifest.engine_bytes
+    if subject.path.is_dir():
+        return sum(file.stat().st_size for file in subject.path.iterdir())
     return subject.path.stat().st_size

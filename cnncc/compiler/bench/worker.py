@@ -5,7 +5,6 @@ It imports one library only, speaks `cnncc.compiler.bench.protocol` on stdin and
 
 from __future__ import annotations
 
-
 import gc
 import importlib
 import os
@@ -15,14 +14,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
 
-from cnncc.compiler.bench.adapters import Adapter
+from cnncc.compiler.bench.adapters import Adapter, Converter
 from cnncc.compiler.bench.protocol import (
     Command,
+    Convert,
+    Converted,
     Failed,
     Measure,
     Open,
@@ -38,7 +39,6 @@ from cnncc.compiler.bench.statistics import settled
 from cnncc.compiler.child import die_with
 from cnncc_runtime.errors import CnnccError
 
-
 _LEAST_WARM_UP_S = 0.3
 """Clocks take tens of milliseconds to rise under load; a warm-up shorter than this may settle before they do."""
 
@@ -53,6 +53,9 @@ class Worker:
 
     def carry_out(self, command: Command) -> Reply:
         """Carry out one command."""
+        if isinstance(command, Convert):
+            converter: Converter = _adapter(command.adapter, command.options)
+            return Converted(str(converter.convert(Path(command.source), Path(command.folder))))
         if isinstance(command, Open):
             return self._open(command)
         if self._adapter is None:
@@ -67,8 +70,7 @@ class Worker:
 
     def _open(self, command: Open) -> Reply:
         before = _status_bytes("VmRSS")
-        module, _, name = command.adapter.partition(":")
-        adapter: Adapter = getattr(importlib.import_module(module), name)(command.options)
+        adapter: Adapter = _adapter(command.adapter, command.options)
         version, import_s = _timed(adapter.load)
         with np.load(command.feeds, allow_pickle=False) as arrays:
             feeds = [arrays[str(number)] for number in range(len(command.names))]
@@ -110,6 +112,11 @@ class Worker:
         outputs = adapter.outputs()
         np.savez(command.path, **{str(number): array for number, array in enumerate(outputs)})  # type: ignore[arg-type]
         return Saved(len(outputs))
+
+
+def _adapter(reference: str, options: dict[str, str]) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)(options)
 
 
 def _run(adapter: Adapter, wall: list[float], cpu: list[float]) -> None:

@@ -9,6 +9,8 @@ import tvm
 from tvm import relax, s_tir, tirx
 from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 
+from cnncc.targets.llvm.stack import keep_on_stack
+
 _PIPELINE = "cnncc"
 
 
@@ -33,6 +35,7 @@ def kernel_passes() -> list[tuple[str, Any]]:
         ("narrow-indices", tirx.transform.NarrowDataType(32)),
         ("vectorize", tirx.transform.VectorizeLoop(True)),
         ("share-buffers", tirx.transform.StorageRewrite()),
+        ("keep-on-stack", keep_on_stack()),
         ("unroll", tirx.transform.UnrollLoop()),
         ("simplify", tirx.transform.StmtSimplify()),
         ("remove-nothing", tirx.transform.RemoveNoOp()),
@@ -76,3 +79,23 @@ def write_objects(module: Any, target: Any, folder: Path) -> list[Path]:
     collect.get_target_triple = lambda: str(target.attrs["mtriple"])  # type: ignore[attr-defined]
     executable.export_library(str(folder / "engine.so"), fcompile=collect, workspace_dir=str(folder))
     return objects
+
+
+def build_kernels(module: Any, target: Any) -> tuple[dict[str, Any], Any]:
+    """Compile the kernels of a module into this process, as `write_objects` would compile them.
+
+    Args:
+        module: Scheduled kernels; Relax functions beside them are left out.
+        target: TVM's target; this machine can run its code.
+
+    Returns:
+        Kernel → its function before code generation, and the library that holds them all.
+    """
+    tirx.register_tir_pipeline(_PIPELINE, _pipeline)
+    module = relax.transform.AttachGlobalSymbol()(module)
+    kernels = {
+        str(var.name_hint): function
+        for var, function in module.functions_items()
+        if isinstance(function, tirx.PrimFunc)
+    }
+    return kernels, tirx.build(tvm.IRModule(kernels), target, pipeline=_PIPELINE)

@@ -7,7 +7,6 @@ for, and the import goes on, so a user sees all of them at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +26,7 @@ from cnncc.targets.llvm.support import first_line, static_issues
 from cnncc_runtime.errors import BuildFailed, UnsupportedGraph
 
 _HINT = "node{}_"
-_HINTED = re.compile(r"^node(\d+)_(_\d+)?$")
+_HINTED = re.compile(r"^node(\d+)_(_?\d+)?$")
 
 
 def node_index(var: Any) -> int | None:

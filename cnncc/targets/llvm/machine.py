@@ -18,6 +18,8 @@ class Machine:
 
     Attributes:
         lanes: fp32 values in a vector register.
+        block: Channels that lie side by side in a blocked tensor; one or more whole vectors.
+        registers: Vector registers.
         tiles: Register tiles that do not spill: rows (values broadcast against each loaded vector) and vectors.
         cores: Threads that share the work.
         l1: Bytes of first-level data cache to plan with.
@@ -25,6 +27,8 @@ class Machine:
     """
 
     lanes: int
+    block: int
+    registers: int
     tiles: tuple[tuple[int, int], ...]
     cores: int
     l1: int = 32 * _KIB
@@ -42,12 +46,12 @@ def machine_of(profile: Profile) -> Machine:
     """Return the register file of a profile's instruction set."""
     features = set(profile.features)
     if "avx512f" in features:
-        return Machine(16, _TILES_OF_32, profile.cores)
+        return Machine(16, 16, 32, _TILES_OF_32, profile.cores, l2=_KIB * _KIB)
     if "avx" in features:
-        return Machine(8, _TILES_OF_16, profile.cores)
+        return Machine(8, 8, 16, _TILES_OF_16, profile.cores)
     if profile.triple.startswith(("aarch64", "arm64", "riscv64")):
-        return Machine(4, _TILES_OF_32, profile.cores)
-    return Machine(4, _TILES_OF_16, profile.cores)
+        return Machine(4, 8, 32, _TILES_OF_32, profile.cores)
+    return Machine(4, 8, 16, _TILES_OF_16, profile.cores)
 
 
 def target_options(profile: Profile) -> dict[str, Any]:

@@ -10,12 +10,16 @@ import tvm
 from tvm import relax
 
 from cnncc.targets.base import Progress
+from cnncc.targets.llvm.blocked.methods import KernelPolicy
+from cnncc.targets.llvm.blocked.propagate import BlockChannels
 from cnncc.targets.llvm.layers import Call, record_origins, replay
 from cnncc.targets.llvm.legalize import legalizers
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.passes import FoldConstantLayout
+from cnncc.targets.llvm.plans import Plans
 from cnncc.targets.llvm.schedule.driver import schedule
 from cnncc.targets.llvm.schedule.rules import RULES
+from cnncc.targets.llvm.weights import Weights, separate
 
 Passes = Sequence[tuple[str, Any]]
 
@@ -28,11 +32,13 @@ class Lowered:
         module: Relax functions in the virtual machine's form, and scheduled kernels.
         calls: Entry → its kernel calls in order.
         rules: Kernel → name of the rule that scheduled it.
+        weights: What the entries take after their inputs.
     """
 
     module: Any
     calls: Mapping[str, tuple[Call, ...]]
     rules: Mapping[str, str]
+    weights: Weights
 
 
 def simplify_passes() -> Passes:
@@ -41,6 +47,14 @@ def simplify_passes() -> Passes:
         ("decompose", relax.transform.DecomposeOpsForInference()),
         ("fold-layout", FoldConstantLayout()),
         ("share-common", relax.transform.EliminateCommonSubexpr()),
+        ("remove-unused", relax.transform.DeadCodeElimination()),
+    ]
+
+
+def layout_passes(plans: Plans, policies: Mapping[str, KernelPolicy]) -> Passes:
+    """Images in blocks of channels."""
+    return [
+        ("block-channels", BlockChannels(plans, policies)),
         ("remove-unused", relax.transform.DeadCodeElimination()),
     ]
 
@@ -84,21 +98,31 @@ def lower_passes() -> Passes:
     ]
 
 
-def lower(module: Any, entries: Sequence[str], target: Any, machine: Machine, progress: Progress) -> Lowered:
+def lower(
+    module: Any,
+    policies: Mapping[str, KernelPolicy],
+    target: Any,
+    machine: Machine,
+    progress: Progress,
+    plans: Plans | None = None,
+) -> Lowered:
     """Run all passes.
 
     Args:
         module: What the importer made; one function per entry.
-        entries: Names of those functions.
+        policies: Names of those functions, and what their kernels must heed.
         target: TVM's target.
         machine: What kernels are scheduled for.
         progress: Told about the schedule, 0 to 1.
+        plans: Knobs of kernels; the rules' by default.
 
     Returns:
         The module and which kernels compute which nodes.
     """
+    entries = list(policies)
     with target, tvm.transform.PassContext(opt_level=3):
         module = run(module, simplify_passes())
+        module = run(module, layout_passes(plans or Plans(machine), policies))
         module = run(module, legalize_passes(machine))
         origins = {entry: record_origins(module[entry]) for entry in entries}
         module = run(module, fuse_passes())
@@ -106,8 +130,9 @@ def lower(module: Any, entries: Sequence[str], target: Any, machine: Machine, pr
         module = run(module, merge_passes())
         module, rules = schedule(module, RULES, machine, lambda fraction: progress("schedule kernels", fraction))
         module = run(module, lower_passes())
+        module, weights = separate(module, entries)
     kept = {entry: tuple(call for call in calls[entry] if call.kernel in rules) for entry in entries}
-    return Lowered(module, kept, rules)
+    return Lowered(module, kept, rules, weights)
 
 
 def run(module: Any, passes: Passes) -> Any:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnncc.targets.base import Availability, BuildOptions, Engine, NodeIssue, Profile
+from cnncc.targets.base import Availability, BuildOptions, Engine, Measured, MeasureOptions, NodeIssue, Profile
 from cnncc.targets.devices import host_machine, machine_name, named
 from cnncc.targets.llvm.link import INSTALL, find_linker, link
 from cnncc_runtime.bundle import EngineRecord, TargetRecord
@@ -67,7 +67,7 @@ class LlvmTarget:
         return unconvertible(graph)
 
     def build(self, graph: OnnxGraph, options: BuildOptions, workdir: Path) -> Engine:
-        """Build ``engine.so``.
+        """Build ``engine.so`` and, where the graph has weights, ``weights.bin``.
 
         Args:
             graph: Shapes static, or with one symbol: the batch.
@@ -91,22 +91,43 @@ class LlvmTarget:
         entries = _entries(graph, options.batches)
         with _failures():
             from cnncc.targets.llvm.compile import compile_graph
+            from cnncc.targets.llvm.weights import WEIGHTS, write_weights
 
-            compiled = compile_graph(_graphs(graph, entries, options), profile, workdir, options.progress)
+            compiled = compile_graph(_graphs(graph, entries, options), replace(options, profile=profile), workdir)
             options.progress("link", 0.0)
             payload = workdir / ENGINE
             link(linker, machine, compiled.objects, payload)
             for path in compiled.objects:
                 path.unlink()
+            weights = write_weights(compiled.weights, entries, workdir / WEIGHTS)
             options.progress("link", 1.0)
         return Engine(
             target=TargetRecord(self.name, profile.name, profile.triple, profile.cpu, machine, profile.features),
-            record=EngineRecord(ENGINE, FORMAT, abi(), entries),
+            record=EngineRecord(ENGINE, FORMAT, abi(), entries, weights),
             payload=payload,
             toolchain=self.toolchain(),
             layers=compiled.layers,
             reproducible=True,
         )
+
+    def measure(self, graph: OnnxGraph, options: MeasureOptions) -> Measured:
+        """Time the kernels of a graph's convolutions on this machine; see `cnncc.targets.base.Measuring`.
+
+        Raises:
+            UnsupportedGraph: Lists every refused node.
+            TargetUnavailable: TVM is missing.
+            DataRefused: The database is damaged or of another kind.
+            BuildFailed: TVM or LLVM broke.
+            UsageError: The graph has symbolic dimensions but no batch sizes were given.
+        """
+        if problem := _import_problem():
+            raise TargetUnavailable(problem, hint="pip install cnncc")
+        build = replace(options.build, profile=named(options.build.profile))
+        graphs = _graphs(graph, _entries(graph, build.batches), build)
+        with _failures():
+            from cnncc.targets.llvm.measured import measure_kernels
+
+            return measure_kernels(graphs, replace(options, build=build))
 
 
 def abi() -> str:

@@ -102,13 +102,18 @@ class TestNoise:
         ],
     )
     def test_says_what_disturbed(self, change, threads, word):
-        noise = judge_noise(replace(MACHINE, **change), {"ort": list(self.QUIET)}, threads)
+        noise = judge_noise(replace(MACHINE, **change), {"ort": list(self.QUIET)}, threads, {})
         assert noise.noisy == (word is not None)
         assert [word in reason for reason in noise.reasons] == ([True] if word else [])
 
+    def test_names_the_subject_that_takes_more_cores_than_it_was_given(self):
+        """Nobody's ratio to it means anything."""
+        noise = judge_noise(MACHINE, {"ort": list(self.QUIET)}, 1, {"fair": 1.02, "greedy": 1.9})
+        assert noise.reasons == ("greedy computed on 1.9 cores instead of 1",)
+
     def test_names_the_subject_whose_rounds_scatter(self):
         scattered = [(0.001 * (1 + n % 3),) for n in range(12)]
-        noise = judge_noise(MACHINE, {"calm": list(self.QUIET), "wild": scattered}, 1)
+        noise = judge_noise(MACHINE, {"calm": list(self.QUIET), "wild": scattered}, 1, {})
         assert noise.noisy
         assert [reason.startswith("wild:") for reason in noise.reasons] == [True]
 

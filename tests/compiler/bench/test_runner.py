@@ -18,7 +18,8 @@ from onnx import TensorProto, helper
 
 from cnncc.compiler.bench.process import WorkerProcess
 from cnncc.compiler.bench.protocol import Measure, Open, Opened, Timed
-from cnncc.compiler.bench.report import from_plain
+from cnncc.compiler.bench.referee import Referee
+from cnncc.compiler.bench.report import Refused, from_plain
 from cnncc.compiler.bench.runner import run_benchmark
 from cnncc.compiler.bench.subjects import KINDS, Kind, Subject, make_subjects
 from cnncc_runtime.bundle import to_plain
@@ -213,9 +214,65 @@ class TestAgreement:
         report = run_benchmark([fake("Steady", "a"), fake("Steady", "b", factor="2.000001")], feeds=FEEDS, **QUICK)
         assert 0 < report.subject("b").agreement < 1e-5
 
+    def test_may_be_asked_to_be_closer(self, fake):
+        subjects = [fake("Steady", "a"), fake("Steady", "b", factor="2.01")]
+        assert run_benchmark(subjects, feeds=FEEDS, **QUICK).subject("b").agreement == pytest.approx(5e-3, rel=0.01)
+        with pytest.raises(ParityFailed):
+            run_benchmark(subjects, feeds=FEEDS, agreement=1e-3, **QUICK)
+
     def test_nan_is_a_disagreement(self, fake):
         with pytest.raises(ParityFailed, match="NaN differ"):
             run_benchmark([fake("Steady", "a"), fake("Steady", "b", factor="nan")], feeds=FEEDS, **QUICK)
+
+
+class TestLeniency:
+    """Benchmarks that go on without peers that fail, and say why."""
+
+    @pytest.mark.parametrize(
+        ("adapter", "reason"),
+        [
+            ("Late", "ValueError: shapes do not match"),
+            ("Crashes", "crashes was killed by SIGSEGV"),
+            ("OutOfMemory", "memory ran out"),
+            ("NotInstalled", "a_module_that_does_not_exist"),
+            ("Hangs", "did not answer within 5 s"),
+        ],
+    )
+    def test_a_peer_that_fails_leaves_and_its_reason_stays(self, fake, tmp_path, adapter, reason):
+        mark = tmp_path / "pids"
+        subjects = [fake("Steady", "good"), fake(adapter, mark=str(mark)), fake("Steady", "other")]
+        report = run_benchmark(subjects, feeds=FEEDS, referee=Referee(lenient=True), **(QUICK | {"timeout": 5.0}))
+        assert [result.name for result in report.subjects] == ["good", "other"]
+        assert [(r.subject, r.peer) for r in report.ratios] == [("good", "other")]
+        [refused] = report.refused
+        assert refused.name == adapter.lower()
+        assert reason in refused.reason
+        if mark.exists():
+            assert wait_until(lambda: not any(alive(pid) for pid in pids(mark)))
+        assert from_plain(json.loads(json.dumps(to_plain(report)))) == report
+
+    def test_a_peer_that_computes_something_else_leaves(self, fake):
+        subjects = [fake("Steady", "good"), fake("Steady", "bad", factor="2.1"), fake("Steady", "nan", factor="nan")]
+        report = run_benchmark(subjects, feeds=FEEDS, referee=Referee(lenient=True), **QUICK)
+        assert [result.name for result in report.subjects] == ["good"]
+        assert [peer.name for peer in report.refused] == ["bad", "nan"]
+        assert "it does not compute what good computes: 5.0e-02 relative L2" in report.refused[0].reason
+
+    def test_our_own_failure_is_an_error_all_the_same(self, fake):
+        with pytest.raises(RunFailed, match="cnncc: ValueError"):
+            run_benchmark([fake("Late", "cnncc"), fake("Steady")], feeds=FEEDS, referee=Referee(lenient=True), **QUICK)
+
+    def test_nobody_left_is_an_error_that_says_why(self, fake):
+        with pytest.raises(RunFailed, match="nobody") as caught:
+            run_benchmark([fake("Late")], feeds=FEEDS, referee=Referee(lenient=True), **QUICK)
+        assert "late: ValueError" in caught.value.where[0]
+
+    def test_who_left_before_is_reported_too_and_may_fail_anew_in_the_next_run(self):
+        before = Referee(lenient=True, refused=(Refused("far", "not installed"),))
+        run = before.copy()
+        run.refuse("near", RunFailed("near: it broke", hint="mend it"))
+        assert run.refused == (Refused("far", "not installed"), Refused("near", "it broke – mend it"))
+        assert before.stays("near")
 
 
 class TestRequests:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnncc.compiler.bench.statistics import SETTLE_WINDOW, paired_ratio, percentile, settled, spread
+from cnncc.compiler.bench.statistics import SETTLE_WINDOW, geometric_mean, paired_ratio, percentile, settled, spread
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -80,3 +80,13 @@ class TestPairedRatio:
 
     def test_accepts_rounds_with_different_numbers_of_runs_on_the_two_sides(self):
         assert paired_ratio([[2.0] * 3] * 4, [[1.0] * 50] * 4)[0] == 2
+
+
+class TestGeometricMean:
+    @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20))
+    def test_of_inverses_is_the_inverse(self, ratios):
+        assert geometric_mean(ratios) == pytest.approx(1 / geometric_mean([1 / ratio for ratio in ratios]))
+        assert min(ratios) * (1 - 1e-9) <= geometric_mean(ratios) <= max(ratios) * (1 + 1e-9)
+
+    def test_of_two(self):
+        assert geometric_mean([0.5, 8.0]) == pytest.approx(2.0)

@@ -26,7 +26,7 @@ class TestLlvmTarget(TargetConformance):
         return LlvmTarget(resolve_profile())
 
     def run(self, engine: Engine, entry: str, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        return run_engine(engine.payload, entry, list(feeds.values()))
+        return run_engine(engine, entry, list(feeds.values()))
 
 
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
@@ -45,7 +45,8 @@ from cnncc.targets.llvm.target import LlvmTarget
 from tests.targets.conformance import small_graph
 profile = resolve_profile()
 engine = LlvmTarget(profile).build(small_graph(), BuildOptions(profile), pathlib.Path(sys.argv[1]))
-print(hashlib.sha256(engine.payload.read_bytes()).hexdigest())
+for role, path in engine.files.values():
+    print(role, hashlib.sha256(path.read_bytes()).hexdigest())
 """
 
 
@@ -59,9 +60,10 @@ def test_separate_processes_make_the_same_bytes_and_say_nothing(tmp_path: Path) 
         )
         assert done.stderr == ""
         digests.append(done.stdout)
-        data = (folder / "engine.so").read_bytes()
-        assert str(tmp_path).encode() not in data
-        assert hashlib.sha256(data).hexdigest() == done.stdout.strip()
+        for role, file in (("engine", "engine.so"), ("weights", "weights.bin")):
+            data = (folder / file).read_bytes()
+            assert str(tmp_path).encode() not in data
+            assert f"{role} {hashlib.sha256(data).hexdigest()}\n" in done.stdout
     assert digests[0] == digests[1]
 
 
@@ -117,4 +119,4 @@ def test_nan_passes_through_relu(tmp_path: Path) -> None:
     graph = graph_of([helper.make_node("Relu", ["x"], ["y"])], {"x": [1, 64]}, {"y": [1, 64]})
     engine = TestLlvmTarget().build(LlvmTarget(resolve_profile()), graph, tmp_path)
     x = np.full((1, 64), np.nan, "float32")
-    assert np.isnan(run_engine(engine.payload, "main", [x])[0]).all()
+    assert np.isnan(run_engine(engine, "main", [x])[0]).all()

@@ -160,7 +160,7 @@ def test_an_operator_computes_what_onnx_runtime_computes(name: str, tmp_path: Pa
     feeds = feeds_of(graph)
     if CASES[name][0] == "Sqrt":
         feeds = {key: np.abs(value) for key, value in feeds.items()}
-    (got,) = run_engine(engine.payload, "main", list(feeds.values()))
+    (got,) = run_engine(engine, "main", list(feeds.values()))
     want = Reference(graph).run(feeds)["y"]
     assert got.shape == want.shape and got.dtype == want.dtype
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6 * max(1.0, float(np.abs(want).max())))
@@ -175,5 +175,5 @@ def test_swish_of_operator_set_24_computes_what_onnx_runtime_computes(tmp_path: 
     profile = resolve_profile()
     engine = LlvmTarget(profile).build(graph, BuildOptions(profile), tmp_path)
     feeds = feeds_of(graph)
-    (got,) = run_engine(engine.payload, "main", list(feeds.values()))
+    (got,) = run_engine(engine, "main", list(feeds.values()))
     np.testing.assert_allclose(got, Reference(graph).run(feeds)["y"], rtol=2e-5, atol=2e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm_ffi
@@ -61,14 +61,43 @@ def joined(axes: Axes, where: tuple[Any, Sequence[Any]], value: Any) -> Access:
         indices = [_substitute(index, units) for index in indices]
     kept = [(var, extent) for var, extent in axes if extent > 1]
     for first in range(len(kept) - 1):
-        found = _join(kept[:first], kept[first:], (target, tuple(indices)), value)
+        found = _join(kept[:first], kept[first:], (target, tuple(indices)), value, inside=False)
         if found is not None:
             return found
     return Access(kept, target, tuple(indices), value, {})
 
 
-def _join(outer: Axes, group: Axes, where: tuple[Any, tuple[Any, ...]], value: Any) -> Access | None:
-    """Return the access with a group of axes as one, or None where some buffer does not hold them side by side."""
+def joined_inside(axes: Axes, access: Access) -> Access:
+    """Join as many of the last of some axes as are one in memory but for what lies inside them, as lanes in pixels do.
+
+    Args:
+        axes: Index variables and their sizes, from the access or reduced over; those of size 1 are dropped.
+        access: Where else they are used.
+
+    Returns:
+        The access with these axes alone.
+    """
+    units = {var: tir.index(0) for var, extent in axes if extent == 1}
+    indices = tuple(_substitute(index, units) for index in access.indices)
+    value = _substitute(access.value, units)
+    kept = [(var, extent) for var, extent in axes if extent > 1]
+    for start in range(len(kept) - 1):
+        found = _join(kept[:start], kept[start:], (access.target, indices), value, inside=True)
+        if found is not None:
+            return replace(found, aliases={**access.aliases, **found.aliases})
+    return Access(kept, access.target, indices, value, access.aliases)
+
+
+def _join(outer: Axes, group: Axes, where: tuple[Any, tuple[Any, ...]], value: Any, *, inside: bool) -> Access | None:
+    """Return the access with a group of axes as one, or None where some buffer does not hold them side by side.
+
+    Args:
+        outer: Axes before the group.
+        group: Axes to join.
+        where: The buffer that is stored to, and its indices.
+        value: What is stored.
+        inside: Whether other indices may follow the group's.
+    """
     variables = [var for var, _ in group]
     sizes = [extent for _, extent in group]
     total = 1
@@ -82,16 +111,18 @@ def _join(outer: Axes, group: Axes, where: tuple[Any, tuple[Any, ...]], value: A
         """Return the view of a buffer and its indices, or None where it does not depend on the group."""
         if not any(mentions(index, variables) for index in indices):
             return None
-        head = _head(source, indices, variables, sizes)
-        if head is None:
+        around = _around(source, indices, variables, sizes)
+        if around is None or (around[1] and not inside):
             failed.append(True)
             return None
-        shape = (*tir.shape_of(source)[: len(head)], total)
+        head, tail = around
+        sizes_of = tir.shape_of(source)
+        shape = (*sizes_of[: len(head)], total, *sizes_of[len(sizes_of) - len(tail) :])
         if source in aliases and tir.shape_of(aliases[source]) != shape:
             failed.append(True)
             return None
         aliases.setdefault(source, tir.buffer(shape, f"{source.name}_joined", str(source.dtype)))
-        return aliases[source], (*head, point)
+        return aliases[source], (*head, point, *tail)
 
     def load(found: Any) -> Any:
         placed = place(found.source, list(found.indices))
@@ -106,10 +137,15 @@ def _join(outer: Axes, group: Axes, where: tuple[Any, tuple[Any, ...]], value: A
     return Access([*outer, (point, total)], new_target, tuple(new_indices), new_value, aliases)
 
 
-def _head(source: Any, indices: Sequence[Any], variables: list[Any], sizes: list[int]) -> list[Any] | None:
-    """Return the indices before the group's, where the group's are the last ones in order and span their sizes."""
+def _around(
+    source: Any, indices: Sequence[Any], variables: list[Any], sizes: list[int]
+) -> tuple[list[Any], list[Any]] | None:
+    """Return the indices before and after a group's, where these are together, in order and span their sizes."""
     shape = tir.shape_of(source)
     position = len(indices)
+    while not mentions(indices[position - 1], variables):
+        position -= 1
+    tail = list(indices[position:])
     for var, size in reversed(list(zip(variables, sizes, strict=True))):
         position -= 1
         while position >= 0 and shape[position] == 1 and not indices[position].same_as(var):
@@ -117,7 +153,7 @@ def _head(source: Any, indices: Sequence[Any], variables: list[Any], sizes: list
         if position < 0 or not indices[position].same_as(var) or shape[position] != size:
             return None
     head = list(indices[:position])
-    return None if any(mentions(index, variables) for index in head) else head
+    return None if any(mentions(index, variables) for index in head) else (head, tail)
 
 
 def _unit(indices: list[Any], var: Any, *, must: bool) -> bool:

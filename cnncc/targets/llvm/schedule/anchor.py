@@ -24,6 +24,13 @@ KERNEL = "cnncc.kernel"
 PARAMETERS = "cnncc.parameters"
 """Block annotation: integers that the kernel wants to know."""
 
+MEASURED = "cnncc.measured"
+"""Block annotation: whether the parameters come from a measurement; the manifest says so."""
+
+FUSES = {"op_pattern": 4}
+"""Attribute of an anchor's function, TVM's ``kOutEWiseFusable``: element-wise operators after it may join it, none
+before."""
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -62,40 +69,41 @@ class Tail:
         )
 
     def flat(self) -> tuple[Tail, dict[Any, Any]] | None:
-        """Return the tail with the last two axes as one, and the buffers it sees so; None where that is not one.
+        """Return the tail with rows and columns as one axis, and the buffers it sees so; None where that is not one.
 
-        Rows of an image are then one long row, whose length vectors divide better.
+        The output is blocked: ``[n, block, row, column, lane]``.
         """
-        *outer, high, low = self.axes
-        rows, columns = tir.shape_of(self.output)[-2:]
+        *outer, high, low, lane = self.axes
+        rows, columns, _ = tir.shape_of(self.output)[-3:]
         joined = tirx.Var("point", tir.INDEX)
         aliases: dict[Any, Any] = {}
 
         def view(whole: Any) -> Any:
             if whole not in aliases:
-                shape = (*tir.shape_of(whole)[:-2], rows * columns)
-                flat_buffer = tir.buffer(shape, f"{whole.name}_flat", str(whole.dtype))
-                aliases[whole] = flat_buffer
+                *first, _, _, last = tir.shape_of(whole)
+                aliases[whole] = tir.buffer((*first, rows * columns, last), f"{whole.name}_flat", str(whole.dtype))
             return aliases[whole]
 
         def join(load: Any) -> Any:
-            if load.source.same_as(self.result):
-                return tir.at(view_result, *outer, joined)
             indices = list(load.indices)
+            if load.source.same_as(self.result):
+                return tir.at(view_result, *outer, joined, lane)
+            shape = tir.shape_of(load.source)
             if (
-                len(indices) > 1
-                and _same(indices[-2:], (high, low))
-                and tir.shape_of(load.source)[-2:] == (rows, columns)
+                len(indices) == len(self.axes)
+                and shape[-3:-1] == (rows, columns)
+                and _same(indices[-3:-1], (high, low))
             ):
-                return tir.at(view(load.source), *indices[:-2], joined)
+                return tir.at(view(load.source), *indices[:-3], joined, indices[-1])
             return load
 
-        view_result = tir.buffer((*tir.shape_of(self.result)[:-2], rows * columns), "result_flat")
+        *first, _, _, last = tir.shape_of(self.result)
+        view_result = tir.buffer((*first, rows * columns, last), "result_flat")
         value = tvm_ffi.structural_map(self.value, [(ir.TensorLoad, join)], order="post")
         if _mentions(value, (high, low)):
             return None
         output = view(self.output)
-        return Tail((*outer, joined), output, value, view_result), aliases
+        return Tail((*outer, joined, lane), output, value, view_result), aliases
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class Anchor:
 
 def find_anchor(function: Any, kernel: str) -> Anchor | None:
     """Return the operation of a function, or None where it is not the kernel asked for, or is not alone."""
-    if kernel not in str(_kernels(function)):
+    if not is_marked(function, kernel):
         return None
     schedule, blocks = tir.root_blocks(function)
     found = [schedule.get(block) for block in blocks]
@@ -145,7 +153,8 @@ def find_anchor(function: Any, kernel: str) -> Anchor | None:
     return Anchor(_reads(anchor.body, result), parameters, tail)
 
 
-def _kernels(function: Any) -> list[str]:
+def is_marked(function: Any, kernel: str) -> bool:
+    """Whether some block of a function is to be computed by a kernel."""
     names: list[str] = []
 
     def note(block: Any) -> None:
@@ -155,7 +164,7 @@ def _kernels(function: Any) -> list[str]:
     from tvm.s_tir import SBlock
 
     tvm_ffi.structural_walk(function.body, [(SBlock, note)])
-    return names
+    return kernel in names
 
 
 def _store_of(body: Any) -> Any | None:

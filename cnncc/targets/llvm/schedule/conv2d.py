@@ -1,52 +1,31 @@
-"""Convolutions: a register tile of output channels × pixels, fed by broadcast weights and vectors of pixels."""
+"""Direct convolution on blocked tensors: register tiles of pixels × channels, chains of products, an epilogue."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
 
 from cnncc.targets.llvm.machine import Machine
+from cnncc.targets.llvm.rules import DirectPlan
 from cnncc.targets.llvm.schedule import tir
-from cnncc.targets.llvm.schedule.anchor import Anchor, Tail, find_anchor
-from cnncc.targets.llvm.schedule.planes import Place, Window, finish
+from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
+from cnncc.targets.llvm.schedule.elementary import expensive
+from cnncc.targets.llvm.schedule.padded import Image, Sliding
+from cnncc.targets.llvm.schedule.register_tile import RegisterTile
 
 CONV2D = "conv2d"
-_UNROLLED_STEPS = 96
-"""Multiply-adds of one loop body beyond which kernel columns are looped over: code must fit the instruction cache."""
+_OPERANDS = 2
+_LINE = 16
+"""Elements of a cache line."""
 
-
-_CHAIN = 256
-"""Multiply-adds that follow each other in one register; adding the tile to the sums then costs 1 to 3 %."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A convolution.
-
-    Attributes:
-        batch: Images.
-        groups: Groups of channels.
-        inputs: Input channels of a group.
-        outputs: Output channels of a group.
-        window: How the kernel slides.
-        rows: Output channels of the register tile; the weights are packed by them.
-        vectors: Vectors of pixels of the register tile.
-    """
-
-    batch: int
-    groups: int
-    inputs: int
-    outputs: int
-    window: Window
-    rows: int
-    vectors: int
-
-    @property
-    def blocks(self) -> int:
-        """Register tiles that cover a group's output channels."""
-        return -(-self.outputs // self.rows)
+Place = tuple[Any, Any]
+"""Row and column of an output pixel."""
+Take = Callable[[RegisterTile, Any, Any, Any], list[Any]]
+"""Registers, row, first column and number of a tile → the statements that take its sums."""
 
 
 @dataclass(frozen=True)
@@ -56,246 +35,187 @@ class Conv2d:
     name: str = "conv2d"
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
-        """Return the convolution's kernel, or None where the function is not one."""
+        """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
         anchor = find_anchor(function, CONV2D)
-        if anchor is None:
-            return None
-        shape = _shape(anchor)
-        return _Builder(anchor, shape, machine).function(function)
+        return None if anchor is None or len(anchor.reads) != _OPERANDS else _Builder(anchor, machine).function(function)
 
 
-def _shape(anchor: Anchor) -> Shape:
-    data, weight = anchor.reads
-    *numbers, vectors = anchor.parameters
-    batch, _, height, width = tir.shape_of(data)
-    groups, _, inputs, kernel_h, kernel_w, rows = tir.shape_of(weight)
-    _, channels, out_h, out_w = tir.shape_of(anchor.tail.result)
-    window = Window(
-        (height, width), (kernel_h, kernel_w), (numbers[0], numbers[1]), (numbers[2], numbers[3]),
-        (numbers[4], numbers[5]), (out_h, out_w),
-    )  # fmt: skip
-    return Shape(batch, groups, inputs, channels // groups, window, rows, vectors)
+@dataclass(frozen=True)
+class _Part:
+    """What one task computes: an image, a group of channels, and one panel of its output blocks."""
+
+    image: Any
+    group: Any
+    panel: Any
 
 
 class _Builder:
     """Writes one convolution's loops."""
 
-    def __init__(self, anchor: Anchor, shape: Shape, machine: Machine) -> None:
-        self.shape = shape
-        self.machine = machine
-        self.data, self.weight = anchor.reads
-        self.tail = anchor.tail
-        self.columns = machine.lanes * shape.vectors
-        window = shape.window
-        self.pixels = window.output[0] * window.width
-        self.packed = not window.plain or self.pixels < self.columns
-        self.chunk = _rows_per_chunk(shape, machine, self.columns)
+    def __init__(self, anchor: Anchor, machine: Machine) -> None:
+        sh, sw, top, left, dh, dw, self.inputs, flat, *knobs = anchor.parameters
+        self.plan = DirectPlan.of_numbers(knobs)
+        data, self.weight = anchor.reads
+        self.groups, self.panels, self.blocks, kh, kw, self.lanes, self.width = tir.shape_of(self.weight)
+        self.batch, total, high, wide, self.block = tir.shape_of(anchor.tail.result)
+        self.outputs = total // self.groups
+        self.sliding = Sliding(
+            data, self.lanes, self.groups * self.blocks, (kh, kw), (sh, sw), (top, left), (dh, dw), (high, wide)
+        )
+        joined = anchor.tail.flat() if flat else None
+        self.tail, self.aliases = joined or (anchor.tail, {})
+        self.flat = joined is not None
+        self.extent = (1, high * wide) if self.flat else (high, wide)
+        if flat and not self.flat:  # the plan counts pixels of one long row
+            rows = max(1, self.plan.chunk // wide)
+            self.plan = replace(self.plan, columns=min(self.plan.columns, wide), chunk=rows)
 
     def function(self, like: Any) -> Any:
-        shape, window = self.shape, self.shape.window
-        planes = shape.batch * shape.groups * shape.inputs
-        statements, allocate = [], []
-        if self.packed:
-            source = tir.buffer([planes * window.size + window.slack + self.columns], "planes")
-            allocate.append(source)
-            statements.append(self._pack(source, planes))
+        """Return the kernel."""
+        if self.sliding.in_place:
+            image, copies, memory = self.sliding.view(), [], []
+            self.aliases[self.sliding.data] = image.buffer
         else:
-            source = tir.buffer([planes * window.size], f"{self.data.name}_flat")
-        chunks = -(-window.output[0] // self.chunk)
-        flat = self.tail.flat() if window.width == window.output[1] else None
-        tasks = shape.batch * shape.groups * chunks * shape.blocks
+            image, copy = self.sliding.copied()
+            copies, memory = [copy], [image.buffer]
+        body = tir.sequence([*copies, self._tasks(image.as_row() if self.flat else image)])
+        return tir.function(like, tir.views(self.aliases, body) if self.aliases else body, memory)
+
+    def _tasks(self, image: Image) -> Any:
+        """Return the loop that cores share. Panels run fastest: their part of the image stays in L2."""
+        span = self.extent[1] if self.flat else self.extent[0]
+        chunk = min(self.plan.chunk, span)
+        chunks = -(-span // chunk)
 
         def task(number: Any) -> Any:
-            block, rest = number % shape.blocks, number // shape.blocks
-            part, rest = rest % chunks, rest // chunks
-            where = (rest // shape.groups, rest % shape.groups, block)
-            last = window.output[0] - (chunks - 1) * self.chunk
-            whole = self._chunk(source, where, part, self.chunk, flat)
-            if last == self.chunk:
-                return whole
-            ragged = self._chunk(source, where, part, last, flat)
-            return ragged if chunks == 1 else tirx.IfThenElse(part < chunks - 1, whole, ragged)
+            panel, rest = number % self.panels, number // self.panels
+            first, rest = rest % chunks * chunk, rest // chunks
+            if span % chunk:  # the last one overlaps: all tasks run the same code
+                first = tirx.min(first, tir.index(span - chunk))
+            return self._chunk(image, _Part(rest // self.groups, rest % self.groups, panel), first, chunk)
 
-        statements.append(tir.parallel(tasks, task))
-        body = tir.sequence(statements)
-        aliases = dict(flat[1]) if flat else {}
-        if not self.packed:
-            aliases[self.data] = source
-        return tir.function(like, tir.views(aliases, body) if aliases else body, allocate)
+        tasks = self.batch * self.groups * chunks * self.panels
+        return tir.parallel(tasks, task) if self.plan.shared else tir.loop(tasks, task)
 
-    def _pack(self, planes: Any, count: int) -> Any:
-        shape, window = self.shape, self.shape.window
-        channels = shape.groups * shape.inputs
-        zero = tirx.const(0.0, "float32")
-        fill = tir.parallel(
-            count,
-            lambda i: window.pack(self.data, (i // channels, i % channels), planes, i * window.size, zero),
-        )
-        rest = tir.loop(window.slack + self.columns, lambda i: tir.store(planes, [count * window.size + i], zero))
-        return tir.sequence([fill, rest])
+    def _chunk(self, image: Image, part: _Part, first: Any, size: int) -> Any:
+        """Return the work of one task: some rows (pixels, where flat) of one panel."""
+        high, wide = (1, size) if self.flat else (size, self.extent[1])
+        origin = (tir.index(0), first) if self.flat else (first, tir.index(0))
+        chains = -(-self.blocks // self.plan.chain)
+        if chains > 1 or expensive(self.tail.value):
+            return self._through_sums(image, part, origin, (high, wide), chains)
 
-    def _chunk(
-        self, source: Any, where: tuple[Any, Any, Any], part: Any, rows: int, flat: tuple[Tail, Any] | None
-    ) -> Any:
-        """Return the work of one task: some rows of one tile of output channels."""
-        shape, window = self.shape, self.shape.window
-        image, group, block = where
-        pixels = rows * window.width
-        tiles = -(-pixels // self.columns)
-        results = tir.buffer([shape.rows, max(tiles * self.columns, pixels)], "results", scope="local")
-        first = part * (self.chunk * window.width)
-        base = (image * shape.groups + group) * (shape.inputs * window.size) + first
-        overlap = not self.packed or pixels % self.columns == 0
+        def take(registers: RegisterTile, row: Any, column: Any, _slot: Any) -> list[Any]:
+            stores = []
+            for pixel, held in enumerate(registers.buffers):
+                stores += self._store(part, (origin[0] + row, origin[1] + column + pixel), held.__getitem__)
+            return stores
 
-        def tile(number: Any) -> Any:
-            start = number * self.columns
-            if overlap and tiles * self.columns != pixels:
-                start = tirx.min(start, tir.index(pixels - self.columns)) if pixels >= self.columns else start
-            return self._tile(source, results, (group, block), base + start, start)
+        return self._tiles(image, part, origin, (high, wide), tir.index(0), take)
 
-        statements = [tir.loop(tiles, tile, name="tile"), self._finish(results, where, part, rows, flat)]
-        return tir.block(tir.sequence(statements), [results], "chunk")
+    def _across(self, wide: int) -> tuple[int, Callable[[Any], Any]]:
+        """Return how many tiles cover a row, and number of a tile → its first column."""
+        columns = self.plan.columns
 
-    def _tile(self, source: Any, results: Any, where: tuple[Any, Any], base: Any, start: Any) -> Any:
-        """Return one register tile over all input channels and taps."""
-        shape, window = self.shape, self.shape.window
-        group, block = where
-        tile = tir.buffer([shape.rows, self.columns], "tile", scope="local")
-        sums = tir.buffer([shape.rows, self.columns], "sums", scope="local")
-        chain = _chain(shape)
-        chains = shape.inputs // chain
-        total = tile if chains == 1 else sums
-        zero = tirx.const(0.0, "float32")
-        lanes = self.machine.lanes
-        registers = [(row, lanes * part) for part in range(shape.vectors) for row in range(shape.rows)]
+        def first(number: Any) -> Any:
+            return tirx.min(number * columns, tir.index(wide - columns)) if wide % columns else number * columns
 
-        def clear(buffer: Any, register: tuple[int, int]) -> Any:
-            row, column = register
-            return tir.vector(lanes, lambda lane: tir.store(buffer, [row, column + lane], zero))
+        return -(-wide // columns), first
 
-        def collect(register: tuple[int, int]) -> Any:
-            row, column = register
-            return tir.vector(
-                lanes,
-                lambda lane: tir.store(sums, [row, column + lane], sums[row, column + lane] + tile[row, column + lane]),
+    def _tiles(self, image: Image, part: _Part, origin: Place, size: tuple[int, int], chain: Any, take: Take) -> Any:
+        """Return the loops over the register tiles of a rectangle of pixels."""
+        across, first = self._across(size[1])
+
+        def tile(row: Any, number: Any) -> Any:
+            registers = RegisterTile(self.plan.columns, self.width, self.block)
+            column = first(number)
+            steps = self._chain(registers, image, part, (origin[0] + row, origin[1] + column), chain)
+            body = [*registers.clear(), steps, *take(registers, row, column, row * across + number)]
+            return tir.block(tir.sequence(body), registers.buffers, "tile")
+
+        return tir.loop(size[0], lambda y: tir.loop(across, lambda n: tile(y, n), name="tile"), name="row")
+
+    def _through_sums(self, image: Image, part: _Part, origin: Place, size: tuple[int, int], chains: int) -> Any:
+        """Return the work of one task whose sums wait in memory: for their next chain, or for a costly epilogue."""
+        across, first = self._across(size[1])
+        shape = [size[0] * across, self.plan.columns, self.width]
+        sums = tir.buffer(shape, "sums")
+
+        def take(registers: RegisterTile, _row: Any, _column: Any, slot: Any) -> list[Any]:
+            def put(pixel: int, channel: Any, value: Any) -> Any:
+                place = (slot, pixel, channel)
+                return tir.store(sums, place, sums[place] + value if chains > 1 else value)
+
+            return registers.collect(put)
+
+        def finish(row: Any, number: Any) -> Any:
+            def pixel(index: Any) -> Any:
+                here = (origin[0] + row, origin[1] + first(number) + index)
+                place = (row * across + number, index)
+                return tir.sequence(self._store(part, here, lambda channel: tir.at(sums, *place, channel)))
+
+            return tir.loop(self.plan.columns, pixel, name="pixel")
+
+        body = [
+            tir.loop(chains, lambda chain: self._tiles(image, part, origin, size, chain, take), name="chain"),
+            tir.loop(size[0], lambda y: tir.loop(across, lambda n: finish(y, n), name="tile"), name="finish"),
+        ]
+        if chains > 1:
+            elements = shape[0] * shape[1] * shape[2]
+            flat = tir.buffer([elements], "sums_flat")
+            zero = tirx.const(0.0, "float32")
+            clear = tir.for_vectors(elements, self.block, lambda i: tir.store(flat, [i], zero))
+            body.insert(0, tir.views({sums: flat}, clear))
+        return tir.block(tir.sequence(body), [sums], "chunk")
+
+    def _chain(self, registers: RegisterTile, image: Image, part: _Part, spot: Place, chain: Any) -> Any:
+        """Return the loops that add one chain of products to a tile."""
+        length, total = self.plan.chain, self.blocks
+        start = ((part.image * self.groups + part.group) * total) * image.plane + image.pixel(*spot)
+
+        def step(block: Any, down: Any, right: Any, channel: Any) -> Any:
+            base = start + block * image.plane + image.tap(down, right) + channel
+            tap = (down, right, channel)
+            products = registers.step(
+                lambda pixel: image.buffer[base + image.pixel(0, pixel)],
+                lambda output: tir.at(self.weight, part.group, part.panel, block, *tap, output),
+            )
+            # What this tile reads now, the tiles of the next chain read next: it comes from memory meanwhile.
+            ahead = [
+                tir.prefetch(self.weight, (part.group, part.panel, block + length, *tap, tir.index(line)))
+                for line in range(0, self.width, _LINE)
+            ]
+            return tir.sequence([*ahead, *products])
+
+        def channels(block: Any, down: Any, right: Any) -> Any:
+            count: Any = self.lanes
+            if self.inputs % self.lanes:  # lanes after the last channel hold anything
+                count = self.inputs if total == 1 else tirx.min(tir.index(count), self.inputs - block * count)
+            return tir.loop(count, lambda channel: step(block, down, right, channel), name="ic")
+
+        def taps(number: Any) -> Any:
+            block = chain * length + number
+            high, wide = self.sliding.kernel
+            return tir.loop(
+                high, lambda down: tir.loop(wide, lambda right: channels(block, down, right), name="kw"), name="kh"
             )
 
-        def step(channel: Any, down: Any, right: Any) -> list[Any]:
-            place = base + channel * window.size + window.tap(down, right)
+        count: Any = min(length, total)
+        if total % count:
+            count = tirx.min(tir.index(length), total - chain * length)
+        return tir.loop(count, taps, name="kb")
 
-            def add(register: tuple[int, int]) -> Any:
-                row, column = register
-                weight = self.weight[group, block, channel, down, right, row]
-                return tir.vector(
-                    lanes,
-                    lambda lane: tir.store(
-                        tile, [row, column + lane], tile[row, column + lane] + source[place + column + lane] * weight
-                    ),
-                )
+    def _store(self, part: _Part, here: Place, value: Callable[[Any], Any]) -> list[Any]:
+        """Return the stores of one pixel's channels, with the epilogue."""
+        point = (here[1],) if self.flat else here
+        ragged = self.outputs % self.plan.panel
+        statements = []
+        for number in range(self.plan.panel):
+            block = part.panel * self.plan.panel + number
+            outer = (part.image, part.group * self.outputs + block, *point)
+            stored = tir.vector(self.block, functools.partial(self._element, outer, number * self.block, value))
+            statements.append(tir.when(block < self.outputs, stored) if ragged and number >= ragged else stored)
+        return statements
 
-            return [add(register) for register in registers]
-
-        def columns(channel: Any, down: Any) -> Any:
-            if window.kernel[1] * len(registers) <= _UNROLLED_STEPS:
-                steps = [s for right in range(window.kernel[1]) for s in step(channel, down, tir.index(right))]
-                return tir.sequence(steps)
-            return tir.loop(window.kernel[1], lambda right: tir.sequence(step(channel, down, right)), name="kw")
-
-        def keep(register: tuple[int, int]) -> Any:
-            row, column = register
-            place = start + column
-            return tir.vector(lanes, lambda lane: tir.store(results, [row, place + lane], total[row, column + lane]))
-
-        def taps(first: Any) -> list[Any]:
-            loop = tir.loop(
-                chain,
-                lambda channel: tir.loop(window.kernel[0], lambda down: columns(first + channel, down), name="kh"),
-                name="ic",
-            )
-            return [*(clear(tile, register) for register in registers), loop]
-
-        if chains == 1:
-            return tir.block(tir.sequence([*taps(tir.index(0)), *map(keep, registers)]), [tile], "tile")
-        loop = tir.loop(
-            chains, lambda number: tir.sequence([*taps(number * chain), *map(collect, registers)]), name="chain"
-        )
-        start_sums = [clear(sums, register) for register in registers]
-        return tir.block(tir.sequence([*start_sums, loop, *map(keep, registers)]), [tile, sums], "tile")
-
-    def _finish(
-        self, results: Any, where: tuple[Any, Any, Any], part: Any, rows: int, flat: tuple[Tail, Any] | None
-    ) -> Any:
-        """Return the loops that apply what follows the convolution and store."""
-        shape, window = self.shape, self.shape.window
-        image, group, block = where
-
-        def channel(row: Any) -> Any:
-            number = block * shape.rows + row
-            place = Place((image, group * shape.outputs + number), lambda i: results[row, i], flat[0] if flat else None)
-            body = finish(window, self.tail, place, (rows, part * self.chunk), self.machine.lanes)
-            return body if shape.outputs % shape.rows == 0 else tir.when(number < shape.outputs, body)
-
-        return tir.loop(shape.rows, channel, name="row")
-
-
-def _chain(shape: Shape) -> int:
-    """Return how many input channels one register tile adds up before it is added to the sums.
-
-    The error of a sum of n terms, one after another, grows with n; of m sums of n / m terms with n / m + m (Higham,
-    Accuracy and Stability of Numerical Algorithms, section 4.3). Long chains of equal signs were seen to lose
-    a digit: DenseNet-121 with constant weights.
-    """
-    taps = shape.window.kernel[0] * shape.window.kernel[1]
-    wanted = max(1, _CHAIN // taps)
-    divisors = [n for n in range(1, shape.inputs + 1) if shape.inputs % n == 0]
-    best = min(divisors, key=lambda n: abs(n - wanted))
-    return best if wanted <= 2 * best <= 4 * wanted else shape.inputs
-
-
-def _rows_per_chunk(shape: Shape, machine: Machine, columns: int) -> int:
-    """Return how many output rows a task computes.
-
-    Its input must stay in half of L2 while all output channels pass over it, its results in half of L1, and there
-    should be enough tasks for the cores; few pixels should be computed in vain.
-    """
-    window = shape.window
-    height = window.output[0]
-    best, best_cost = height, float("inf")
-    for rows in range(1, height + 1):
-        pixels = rows * window.width
-        if rows > 1 and (
-            shape.inputs * pixels * window.stride[0] * window.stride[1] * 4 > machine.l2 // 2
-            or shape.rows * pixels * 4 > machine.l1
-        ):
-            break
-        chunks = -(-height // rows)
-        last = height - (chunks - 1) * rows
-        work = (chunks - 1) * -(-pixels // columns) + -(-(last * window.width) // columns)
-        tasks = shape.batch * shape.groups * shape.blocks * chunks
-        uneven = -(-tasks // machine.cores) * machine.cores / tasks
-        ragged = 1.0 if last == rows else 1.03
-        cost = work * columns / (height * window.width) * uneven * ragged * (1 + 0.02 * chunks / height)
-        if cost < best_cost:
-            best, best_cost = rows, cost
-    return best
-
-
-def tile_of(outputs: int, pixels: int, machine: Machine) -> tuple[int, int]:
-    """Return rows and vectors of the register tile for a convolution.
-
-    Args:
-        outputs: Output channels of a group.
-        pixels: Output pixels of an image.
-        machine: Its register file bounds the tile.
-
-    Returns:
-        The pair that computes the least in vain, and among equals the one that loads the least.
-    """
-
-    def cost(tile: tuple[int, int]) -> float:
-        rows, vectors = tile
-        columns = vectors * machine.lanes
-        waste = -(-outputs // rows) * rows / outputs * (-(-pixels // columns) * columns / pixels)
-        return waste * (1 + 0.35 * (rows + vectors) / (rows * vectors)) * max(1.0, 8 / (rows * vectors))
-
-    return min(machine.tiles, key=cost)
+    def _element(self, outer: tuple[Any, ...], first: int, value: Callable[[Any], Any], lane: Any) -> Any:
+        return self.tail.at((*outer, lane), value(first + lane))

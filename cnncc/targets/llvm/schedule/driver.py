@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 import tvm_ffi
 from tvm import tirx
+from tvm.s_tir import SBlock
 
 from cnncc.targets.llvm.machine import Machine
+from cnncc.targets.llvm.schedule.anchor import KERNEL, MEASURED
 
 
 class Rule(Protocol):
@@ -36,7 +38,7 @@ def schedule(
         progress: Called with the fraction done.
 
     Returns:
-        The module, and kernel → name of the rule that scheduled it.
+        The module, and kernel → name of the rule that scheduled it, and whether its knobs were measured.
     """
     used: dict[str, str] = {}
     functions = [(var, function) for var, function in module.functions_items() if isinstance(function, tirx.PrimFunc)]
@@ -47,10 +49,22 @@ def schedule(
             scheduled = rule.apply(function, machine)
             if scheduled is not None:
                 done.update_func(var, scheduled)
-                used[var.name_hint] = rule.name
+                used[var.name_hint] = f"{rule.name}, measured" if _is_measured(function, rule.name) else rule.name
                 break
         progress((position + 1) / len(functions))
     return done, used
+
+
+def _is_measured(function: Any, kernel: str) -> bool:
+    """Whether a function holds an operation whose kernel was given measured knobs."""
+    found = [False]
+
+    def note(block: Any) -> None:
+        if str(block.annotations.get(KERNEL, "")) == kernel and int(block.annotations.get(MEASURED, 0)):
+            found[0] = True
+
+    tvm_ffi.structural_walk(function.body, [(SBlock, note)])
+    return found[0]
 
 
 def _keeping_nan(function: Any) -> Any:

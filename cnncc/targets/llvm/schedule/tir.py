@@ -13,6 +13,9 @@ from tvm.tirx.stmt import ForKind
 
 INDEX = "int64"
 
+_READ_TO_L2 = tuple(tirx.const(value, "int32") for value in (0, 2, 1))
+"""LLVM's prefetch: for reading, to the second level, of data."""
+
 Body = Callable[[Any], Any]
 
 
@@ -96,6 +99,12 @@ def buffer(shape: Sequence[int], name: str, dtype: str = "float32", scope: str =
 def store(target: Any, indices: Sequence[Any], value: Any) -> Any:
     """Return a store."""
     return tirx.BufferStore(target, value, list(indices))
+
+
+def prefetch(source: Any, indices: Sequence[Any]) -> Any:
+    """Return a statement that asks for a cache line ahead of its use; the place may lie beyond the buffer."""
+    address = tirx.address_of(source[tuple(indices)])
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *_READ_TO_L2))
 
 
 def when(condition: Any, body: Any) -> Any:

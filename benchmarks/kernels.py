@@ -1,0 +1,219 @@
+"""Prints how fast each kernel of a compiled network is: ``python benchmarks/kernels.py [MODEL…]``.
+
+Convolutions and matrix products are given in GFLOP/s and as a share of this machine's measured peak, counted as if
+they were computed directly (Winograd's method may exceed it); everything else in GB/s of the tensors that it reads and
+writes. The sum over all calls stands beside the latency of the whole network: what is missing is the cost of calls and
+of memory that is not in a cache.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.models import Network, find  # noqa: E402
+from benchmarks.peak import measure_peak  # noqa: E402
+from benchmarks.peers import parse_threads  # noqa: E402
+from cnncc.compiler import compile  # noqa: E402
+from cnncc.compiler.inspection import summarize  # noqa: E402
+from cnncc.compiler.pipeline import CompileRequest  # noqa: E402
+from cnncc.graph.onnx_graph import OnnxGraph  # noqa: E402
+from cnncc.graph.reader import load_trusted  # noqa: E402
+from cnncc.targets.devices import resolve_profile  # noqa: E402
+from cnncc_runtime.bundle import REFERENCE, read_bundle  # noqa: E402
+from cnncc_runtime.errors import CnnccError, RunFailed  # noqa: E402
+
+Parameter = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a network.
+
+    Attributes:
+        name: In the engine.
+        rule: That scheduled it.
+        parameters: dtype and shape of each tensor it reads or writes.
+        calls: For one inference, the nodes that each computes.
+    """
+
+    name: str
+    rule: str
+    parameters: tuple[Parameter, ...]
+    calls: tuple[tuple[int, ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its tensors."""
+        from math import prod
+
+        import numpy as np
+
+        return sum(prod(shape) * np.dtype(dtype).itemsize for dtype, shape in self.parameters)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured.
+
+    Attributes:
+        kernels: Kernel → seconds per call.
+        network: Seconds per inference.
+    """
+
+    kernels: dict[str, float]
+    network: float
+
+
+@click.command()
+@click.argument("models", nargs=-1)
+@click.option(
+    "--threads", multiple=True, default=("1", "2"), callback=parse_threads, help="Repeatable.  [default: 1,2]"
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
+def main(models: tuple[str, ...], threads: tuple[int, ...], rounds: int) -> None:
+    """Print the kernels of MODELS: names of the built-in networks, or what `cnncc compile` takes."""
+    failed = False
+    for network in find(models):
+        try:
+            for line in measure(network, threads, rounds):
+                click.echo(line)
+        except CnnccError as exc:
+            click.echo(f"{network.name}: {exc}\n")
+            failed = True
+    raise SystemExit(int(failed))
+
+
+def measure(network: Network, threads: Sequence[int], rounds: int) -> Iterator[str]:
+    """Compile a network for this machine, time its kernels, and yield the lines of its tables.
+
+    Raises:
+        CnnccError: It could not be compiled, verified or run.
+    """
+    with tempfile.TemporaryDirectory(prefix="cnncc-kernels-") as folder:
+        path = Path(folder) / "model.cnncc"
+        compile(CompileRequest(network.request, resolve_profile("host"), path))
+        bundle = read_bundle(path)
+        graph = load_trusted(bundle.file(REFERENCE))
+        kernels = find_kernels(graph, next(iter(bundle.manifest.engine.entries.values())))
+        macs = [layer.macs for layer in summarize(graph).layers]
+        for count in threads:
+            times = time_kernels(path, kernels, count, rounds)
+            yield from table(network.name, kernels, times, macs, measure_peak(count), count)
+
+
+def find_kernels(graph: OnnxGraph, entry: str) -> tuple[Kernel, ...]:
+    """Lower a graph as a build does, and return its kernels in order of their first call."""
+    import tvm
+
+    from cnncc.targets.devices import named
+    from cnncc.targets.llvm.blocked.methods import KernelPolicy
+    from cnncc.targets.llvm.importer import import_graph
+    from cnncc.targets.llvm.machine import machine_of, target_options
+    from cnncc.targets.llvm.pipeline import lower
+    from cnncc.targets.llvm.quiet import quiet
+
+    profile = named(resolve_profile("host"))
+    with quiet():
+        target = tvm.target.Target(target_options(profile))
+        module = import_graph(graph, entry)
+        lowered = lower(module, {entry: KernelPolicy()}, target, machine_of(profile), lambda _what, _fraction: None)
+    calls: dict[str, list[tuple[int, ...]]] = {}
+    for call in lowered.calls[entry]:
+        calls.setdefault(str(call.kernel), []).append(tuple(call.nodes))
+    return tuple(
+        Kernel(name, lowered.rules[name], _parameters(lowered.module[name]), tuple(nodes))
+        for name, nodes in calls.items()
+    )
+
+
+def _parameters(function: Any) -> tuple[Parameter, ...]:
+    return tuple((str(buffer.dtype), tuple(int(size) for size in buffer.shape)) for buffer in function.params)
+
+
+def time_kernels(bundle: Path, kernels: Sequence[Kernel], threads: int, rounds: int) -> Times:
+    """Time kernels and their network in a process of its own.
+
+    Raises:
+        RunFailed: The process failed.
+    """
+    request = {
+        "bundle": str(bundle),
+        "threads": threads,
+        "rounds": rounds,
+        "kernels": {kernel.name: kernel.parameters for kernel in kernels},
+    }
+    command = [sys.executable, str(Path(__file__).with_name("kernel_worker.py"))]
+    result = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False)
+    if result.returncode:
+        said = result.stderr.decode(errors="replace").splitlines()[-3:]
+        raise RunFailed(f"the kernels cannot be timed: exit code {result.returncode}", where=said)
+    answer = json.loads(result.stdout)
+    return Times(answer["kernels"], answer["network"])
+
+
+def operations_of(kernels: Sequence[Kernel], times: Times, macs: Sequence[int]) -> dict[str, float]:
+    """Return kernel → operations per call, on average over its calls.
+
+    A node may take several kernels (padding, Winograd's transforms): its operations are those of the slowest.
+
+    Args:
+        kernels: With the nodes of each call.
+        times: Says which is the slowest.
+        macs: Multiply-adds of each node.
+    """
+    slowest: dict[int, str] = {}
+    for kernel in sorted(kernels, key=lambda kernel: times.kernels[kernel.name]):
+        slowest |= {node: kernel.name for nodes in kernel.calls for node in nodes}
+    found: Counter[str] = Counter()
+    for node, name in slowest.items():
+        found[name] += 2 * macs[node]
+    return {kernel.name: found[kernel.name] / len(kernel.calls) for kernel in kernels}
+
+
+def table(
+    name: str, kernels: Sequence[Kernel], times: Times, macs: Sequence[int], peak: float, threads: int
+) -> Iterator[str]:
+    """Yield the lines of one table, the kernels that take longest first."""
+    operations = operations_of(kernels, times, macs)
+    spent = {kernel.name: times.kernels[kernel.name] * len(kernel.calls) for kernel in kernels}
+    total = sum(spent.values())
+    yield f"{name}, {threads} thread{'s' * (threads > 1)}, peak {peak / 1e9:.0f} GFLOP/s"
+    yield f"  {'kernel':34}{'rule':14}{'calls':>6}{'ms/call':>10}{'ms':>9}{'%':>5}{'rate':>14}{'% peak':>8}  shapes"
+    for kernel in sorted(kernels, key=lambda kernel: -spent[kernel.name]):
+        seconds = times.kernels[kernel.name]
+        rate, share = f"{kernel.bytes / seconds / 1e9:.1f} GB/s", ""
+        if operations[kernel.name]:
+            speed = operations[kernel.name] / seconds
+            rate, share = f"{speed / 1e9:.1f} GFLOP/s", f"{100 * speed / peak:.0f}"
+        shapes = " ".join("×".join(map(str, shape)) or "scalar" for _dtype, shape in kernel.parameters)
+        yield (
+            f"  {_short(kernel.name, 33):34}{kernel.rule:14}{len(kernel.calls):>6}{seconds * 1e3:>10.4f}"
+            f"{spent[kernel.name] * 1e3:>9.3f}{100 * spent[kernel.name] / total:>5.0f}{rate:>14}{share:>8}  {shapes}"
+        )
+    missing = 100 * (times.network / total - 1)
+    speed = 2 * sum(macs) / times.network
+    yield (
+        f"  kernels {total * 1e3:.3f} ms, network {times.network * 1e3:.3f} ms ({missing:+.1f} %): "
+        f"{speed / 1e9:.1f} GFLOP/s, {100 * speed / peak:.0f} % of the peak\n"
+    )
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Convolutions of the graph to convolutions on blocked tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import relax
+
+from cnncc.targets.llvm.blocked.context import Context
+from cnncc.targets.llvm.blocked.convolution import FEW_CHANNELS, conv2d, whole_groups
+from cnncc.targets.llvm.blocked.elements import shape_of
+from cnncc.targets.llvm.blocked.geometry import blocks_of, pack_channels
+from cnncc.targets.llvm.blocked.image import Dims, Image, Value, dims_of
+from cnncc.targets.llvm.blocked.window import depthwise
+from cnncc.targets.llvm.blocked.winograd import winograd_conv2d
+from cnncc.targets.llvm.rules import ConvShape
+from cnncc.targets.llvm.winograd_rules import WinogradPlan, applies
+
+_WIDER = 1.25
+"""How many more input channels (with zero weights) a convolution may read where that saves moving channels."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What a convolution of the graph computes.
+
+    Attributes:
+        weight: ``[outputs, inputs of a group, kh, kw]``.
+        groups: Groups of channels.
+        stride: Down and right.
+        padding: Top, left, bottom, right.
+        dilation: Down and right.
+        output: Height and width of the result.
+        winograd: How it uses Winograd's method; None for the direct one.
+    """
+
+    weight: NDArray[Any]
+    groups: int
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    output: tuple[int, int]
+    winograd: WinogradPlan | None = None
+
+
+def convolution(context: Context, call: Any, name: str | None) -> Image | None:
+    """Return the result of a convolution with constant weights on images or sequences, else None."""
+    weight = context.constant(call.args[1])
+    attrs = call.attrs
+    layout = str(attrs.data_layout)
+    if weight is None or layout not in ("NCHW", "NCW") or not _is_float(call, *call.args):
+        return None
+    order = layout.lower()
+    stride, dilation = _ints(attrs.strides), _ints(attrs.dilation)
+    before, after = _halves(_ints(attrs.padding))
+    if order == "ncw":
+        weight = weight[:, :, None]
+        stride, dilation, before, after = [1, *stride], [1, *dilation], [0, *before], [0, *after]
+    output = dims_of(shape_of(call), order)[2:]
+    padding = (before[0], before[1], after[0], after[1])
+    spec = Convolution(
+        weight,
+        int(attrs.groups),
+        (stride[0], stride[1]),
+        padding,
+        (dilation[0], dilation[1]),
+        output,
+        context.methods.get(call),
+    )
+    return convolve(context, call.args[0], spec, order, name)
+
+
+def convolve(context: Context, data: Any, spec: Convolution, order: str, name: str | None) -> Image:
+    """Return the result of a convolution.
+
+    Args:
+        context: The function that is written.
+        data: Variable of the graph.
+        spec: The convolution.
+        order: Order of the data's axes.
+        name: Name of the result.
+    """
+    dims = dims_of(shape_of(data), order)
+    result = (dims[0], spec.weight.shape[0], *spec.output)
+    if spec.groups > 1 and spec.weight.shape[:2] == (spec.groups, 1):
+        image = context.blocked(data, order)
+        shape = _shape(spec, dims, (1, 1), spec.groups, blocked=True)
+        call = depthwise(
+            context.builder, context.whole(image), spec.weight, shape, context.machine, context.plans.depthwise(shape)
+        )
+        return context.result(call, result, order, name)
+    weight, groups = whole_groups(spec.weight, spec.groups, context.block)
+    value = context.value(data)
+    few = dims[1] <= FEW_CHANNELS and groups == 1 and order == "nchw" and value.plain is not None
+    if few:
+        operand = context.plain(data)
+    else:
+        operand, weight = _operand(context, context.blocked(data, order), weight, groups)
+    if groups * weight.shape[1] > dims[1] and groups > 1:
+        operand = _cleared(context, operand, dims[1], context.name(data))
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    shape = _shape(spec, dims, (inputs, outputs), groups, blocked=not few)
+    if spec.winograd is not None and applies(shape, context.machine):
+        call = winograd_conv2d(context.builder, operand, weight, shape, spec.winograd, context.machine)
+    else:
+        call = conv2d(context.builder, operand, weight, shape, context.machine, context.plans.direct(shape))
+    return context.result(call, result, order, name)
+
+
+def _operand(context: Context, image: Image, weight: NDArray[Any], groups: int) -> tuple[Any, NDArray[Any]]:
+    """Return a convolution's blocked operand, and its weights for that operand's channels.
+
+    Where all channels lie in one tensor, the weights are put in its order instead of the channels in theirs.
+    """
+    channels = image.channels
+    if channels.whole is None and groups == 1 and len(channels.sources) == 1:
+        source, count = channels.sources[0]
+        if blocks_of(count, context.block) <= _WIDER * blocks_of(len(channels.places), context.block):
+            spread = np.zeros((weight.shape[0], count, *weight.shape[2:]), weight.dtype)
+            for position, place in enumerate(channels.places[:, 1]):
+                spread[:, place] += weight[:, position]
+            return source, spread
+    return context.whole(image), weight
+
+
+def _cleared(context: Context, operand: Any, channels: int, name: str | None) -> Any:
+    """Return a blocked tensor whose lanes after the last channel are 0; its producer does that on the way."""
+    inside = pack_channels(np.ones((1, channels, 1, 1), "bool"), context.block, axis=1, fill=0)
+    return context.emit(relax.op.where(relax.const(inside), operand, relax.const(0.0, "float32")), name)
+
+
+def _shape(spec: Convolution, dims: Dims, channels: tuple[int, int], groups: int, *, blocked: bool) -> ConvShape:
+    batch, _, height, width = dims
+    kernel = (spec.weight.shape[2], spec.weight.shape[3])
+    shape = ConvShape(batch, groups, *channels, (height, width), kernel, spec.stride, spec.padding, spec.dilation,
+                      spec.output)  # fmt: skip
+    return replace(shape, blocked=blocked)
+
+
+def product(context: Context, call: Any, name: str | None) -> Value | None:
+    """Return a product with a constant matrix whose left operand is blocked, else None.
+
+    Args:
+        context: The function that is written.
+        call: ``relax.matmul``.
+        name: Name of its result.
+    """
+    left, matrix = context.value(call.args[0]), context.constant(call.args[1])
+    if matrix is None or matrix.ndim != 2 or not _is_float(call, call.args[0]):
+        return None
+    if left.base is not None and left.plain is None and not left.grid:
+        return _product_of_rows(context, left.base, matrix, name)
+    image = left.image
+    if image is None or image.order[-1] != "c" or image.dims[2] * image.dims[3] == 1:
+        return None
+    weight = np.ascontiguousarray(matrix.T)[:, :, None, None]
+    spec = Convolution(weight, 1, (1, 1), (0, 0, 0, 0), (1, 1), image.dims[2:])
+    operand, weight = _operand(context, image, weight, 1)
+    shape = _shape(spec, image.dims, (weight.shape[1], weight.shape[0]), 1, blocked=True)
+    dims = (image.dims[0], matrix.shape[1], *image.dims[2:])
+    made = conv2d(context.builder, operand, weight, shape, context.machine, context.plans.direct(shape))
+    return Value(image=context.result(made, dims, image.order, name))
+
+
+def _product_of_rows(context: Context, image: Image, matrix: NDArray[Any], name: str | None) -> Value:
+    """Return the product of whole images as rows: the matrix is put in the order of blocks instead of the image."""
+    batch, channels, height, width = image.dims
+    blocks, block = channels // context.block, context.block
+    rows = matrix.reshape(blocks, block, height, width, -1).transpose(0, 2, 3, 1, 4)
+    ordered = np.ascontiguousarray(rows).reshape(matrix.shape)
+    flat = context.emit(relax.op.reshape(context.whole(image), [batch, matrix.shape[0]]), image.name)
+    return Value(plain=context.emit(relax.op.matmul(flat, relax.const(ordered)), name))
+
+
+def _is_float(*tensors: Any) -> bool:
+    return all(str(tensor.ty.dtype) == "float32" for tensor in tensors)
+
+
+def _ints(values: Any) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _halves(values: Sequence[int]) -> tuple[list[int], list[int]]:
+    middle = len(values) // 2
+    return list(values[:middle]), list(values[middle:])

@@ -1,0 +1,351 @@
+"""Which kernel computes an operator, and its knobs: from shapes, registers and caches, never by trying.
+
+Costs are in cycles of one core that retires two vector multiply-adds and two loads a cycle, as every CPU since Haswell
+and Zen 2 does; only their ratios matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cnncc.targets.llvm.blocked.geometry import blocks_of
+from cnncc.targets.llvm.machine import Machine
+
+_LATENCY = 4.6
+"""Cycles until a multiply-add's result can be added to, and a little, for queues are never full."""
+_LOOP = 0.25
+"""Cycles of a step's own: the counter and what does not overlap."""
+_PANEL = 8
+"""Blocks of a register tile at most; many only where pixels are few, as behind global pooling."""
+_ALONE = 16384
+"""Cycles of work below which waking other cores costs more than they save (4 µs a region)."""
+_FROM_L2, _BEYOND_L2 = 16, 8
+"""Bytes a cycle that one core reads in a stream, while it computes."""
+_CHAIN = 256
+"""Multiply-adds that follow each other in one register."""
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A convolution.
+
+    Attributes:
+        batch: Images.
+        groups: Groups of channels.
+        inputs: Input channels of a group.
+        outputs: Output channels of a group.
+        image: Height and width of the input.
+        kernel: Height and width.
+        stride: Down and right.
+        padding: Top, left, bottom, right.
+        dilation: Down and right.
+        output: Height and width of the output.
+        blocked: Whether the input is a blocked tensor; otherwise ``[n, c, h, w]``, of few channels.
+    """
+
+    batch: int
+    groups: int
+    inputs: int
+    outputs: int
+    image: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    output: tuple[int, int]
+    blocked: bool = True
+
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def flat(self) -> bool:
+        """Whether output pixels need no neighbours: rows of an image are then one long row."""
+        return self.taps == 1 and not any(self.padding)
+
+    @property
+    def row(self) -> int:
+        """Output pixels that register tiles may lie in side by side."""
+        return self.output[0] * self.output[1] if self.flat else self.output[1]
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel is convolved with a kernel of its own."""
+        return self.groups > 1 and self.inputs == self.outputs == 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the direct method."""
+        pixels = self.output[0] * self.output[1]
+        return self.batch * self.groups * self.inputs * self.outputs * self.taps * pixels
+
+    def shared(self, machine: Machine) -> bool:
+        """Return whether cores should share the work."""
+        return self.macs / (2 * machine.lanes) > _ALONE
+
+    def lane_block(self, machine: Machine) -> int:
+        """Return how many input channels lie side by side."""
+        return machine.block if self.blocked else self.inputs
+
+
+@dataclass(frozen=True)
+class DirectPlan:
+    """Knobs of a direct convolution.
+
+    Attributes:
+        columns: Output columns of the register tile; the last tile of a row overlaps the one before.
+        panel: Blocks of output channels of the register tile; weights are packed by panels.
+        chain: Blocks of input channels that one register tile adds up before it joins the sums.
+        chunk: Output rows (of pixels, where the shape is flat) that one task computes.
+        shared: Whether cores share the tasks.
+        measured: Whether they come from a measurement.
+    """
+
+    columns: int
+    panel: int
+    chain: int
+    chunk: int
+    shared: bool
+    measured: bool = field(default=False, compare=False)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The knobs as a list; `of_numbers` is the inverse."""
+        return [self.columns, self.panel, self.chain, self.chunk, int(self.shared)]
+
+    @staticmethod
+    def of_numbers(numbers: Sequence[int]) -> DirectPlan:
+        """Return the plan with knobs as `numbers` lists them."""
+        columns, panel, chain, chunk, shared = numbers
+        return DirectPlan(columns, panel, chain, chunk, bool(shared))
+
+
+def direct_plan(shape: ConvShape, machine: Machine, tile: tuple[int, int] | None = None) -> DirectPlan:
+    """Return the knobs of a direct convolution.
+
+    Args:
+        shape: The convolution.
+        machine: What the kernel is for.
+        tile: Columns and panel of the register tile, one of `register_tiles`; the cheapest by default.
+    """
+    columns, panel = tile or register_tile(shape.row, blocks_of(shape.outputs, machine.block), machine)
+    chunk = _chunk(shape, (columns, panel), machine)
+    return DirectPlan(columns, panel, longest_chain(shape, machine), chunk, shape.shared(machine))
+
+
+def register_tile(width: int, blocks: int, machine: Machine) -> tuple[int, int]:
+    """Return the pixels and blocks of channels of the register tile that costs the least for a row.
+
+    Each step of the sum broadcasts one value of every pixel against the vectors of the panel's weights. Sums, weights
+    and one broadcast must fit the registers: one too many and the speed halves. Tiles are of one size: LLVM was seen to
+    spill the second of two loops in one function.
+
+    Args:
+        width: Pixels in a row.
+        blocks: Blocks of output channels.
+        machine: Its registers.
+    """
+    best, best_cost = (1, 1), float("inf")
+    for cost, tile in register_tiles(width, blocks, machine):
+        if cost < best_cost * 0.999:
+            best, best_cost = tile, cost
+    return best
+
+
+def register_tiles(width: int, blocks: int, machine: Machine) -> Iterator[tuple[float, tuple[int, int]]]:
+    """Yield every register tile that does not spill: what a row costs, and the pixels and blocks of the tile.
+
+    Args:
+        width: Pixels in a row.
+        blocks: Blocks of output channels.
+        machine: Its registers.
+    """
+    vectors = machine.block // machine.lanes
+    for panel in range(1, min(blocks, _PANEL) + 1):
+        held = panel * vectors
+        most = (machine.registers - 1 - held) // held
+        for columns in range(1, min(width, most) + 1):
+            yield -(-width // columns) * _step(columns, held) * -(-blocks // panel), (columns, panel)
+
+
+def _step(pixels: int, vectors: int) -> float:
+    """Return the cycles of one step of a register tile: multiply-adds, loads, or waiting for the last step."""
+    return max(pixels * vectors / 2, (pixels + vectors) / 2, _LATENCY) + _LOOP
+
+
+def longest_chain(shape: ConvShape, machine: Machine) -> int:
+    """Return how many blocks of input channels one register tile adds up before it joins the sums.
+
+    The error of a sum of n terms, one after another, grows with n; of m sums of n / m terms with n / m + m (Higham,
+    Accuracy and Stability of Numerical Algorithms, section 4.3). Long chains of equal signs were seen to lose
+    a digit: DenseNet-121 with constant weights. The weights of a chain stay in the first-level cache while all pixels
+    of a task pass over them.
+    """
+    block = shape.lane_block(machine)
+    total = blocks_of(shape.inputs, block)
+    most = max(1, _CHAIN // (shape.taps * block))
+    if total <= most + most // 2:
+        return total
+    return -(-total // -(-total // most))
+
+
+def _chunk(shape: ConvShape, tile: tuple[int, int], machine: Machine) -> int:
+    """Return how many output rows a task computes.
+
+    Its input should stay in half of L2 while all panels pass over it, and its sums in a quarter; there must be enough
+    tasks for the cores, and little may be computed twice: tasks are of one size, the last ones overlap. Every task
+    reads its panel's weights again.
+    """
+    columns, panel = tile
+    if shape.flat:
+        step, extent, pixels, reads = columns, shape.output[0] * shape.output[1], 1, 1
+    else:
+        step, extent, pixels = 1, *shape.output
+        reads = (shape.image[1] + shape.padding[1] + shape.padding[3]) * shape.stride[0]
+    panels = -(-blocks_of(shape.outputs, machine.block) // panel)
+    weights = shape.groups * shape.inputs * shape.outputs * shape.taps * 4
+    a_cycle = _FROM_L2 if weights <= machine.l2 // 2 else _BEYOND_L2
+    streamed = weights / a_cycle / (shape.macs / shape.batch / (2 * machine.lanes))
+    best, best_cost = extent, float("inf")
+    for size in [*range(step, extent, step), extent]:
+        inside = shape.inputs * reads * size * 4 <= machine.l2 // 2
+        sums = size * pixels * panel * machine.block * 4 <= machine.l2 // 4
+        if size > step and not (inside and sums):
+            break
+        chunks = -(-extent // size)
+        tasks = shape.batch * shape.groups * panels * chunks
+        uneven = -(-tasks // machine.cores) * machine.cores / tasks
+        twice = chunks * size / extent
+        cost = uneven * twice * (1 + 0.5 * chunks * streamed)
+        if cost < best_cost * 0.999:
+            best, best_cost = size, cost
+    return best
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """How a window slides over an image; two numbers each, down and right.
+
+    Attributes:
+        image: Height and width of the input.
+        kernel: Height and width.
+        stride: Down and right.
+        padding: Top, left, bottom, right.
+        dilation: Down and right.
+        output: Height and width of the output.
+    """
+
+    image: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    output: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Knobs of a sliding window.
+
+    Attributes:
+        columns: Output columns of the register tile.
+        split: Registers that share the sum of one output.
+        chunk: Output rows that one task computes.
+        unrolled: Whether rows of the kernel are unrolled where all of them lie in the image.
+        shared: Whether cores share the work.
+        measured: Whether they come from a measurement.
+    """
+
+    columns: int
+    split: int
+    chunk: int
+    unrolled: bool
+    shared: bool
+    measured: bool = field(default=False, compare=False)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The knobs as a list; `of_numbers` is the inverse."""
+        return [self.columns, self.split, self.chunk, int(self.unrolled), int(self.shared)]
+
+    @staticmethod
+    def of_numbers(numbers: Sequence[int]) -> WindowPlan:
+        """Return the plan with knobs as `numbers` lists them."""
+        columns, split, chunk, unrolled, shared = numbers
+        return WindowPlan(columns, split, chunk, bool(unrolled), bool(shared))
+
+
+_IN_FLIGHT = 8
+"""Sums that keep two multiply-add units of four cycles' latency busy."""
+_SHARE = 48_000
+"""Cycles of one core from which waking others pays: three times what a parallel region costs, 4 µs."""
+_ROW = 12
+"""Cycles of a row's own: its bounds and addresses."""
+
+
+def window_plan(sliding: Sliding, planes: int, machine: Machine, *, weighted: bool) -> WindowPlan:
+    """Return the knobs of a sliding window.
+
+    A tile is a piece of an output row: its inputs are loaded once per row of the kernel and meet all its taps, so that
+    multiply-adds, not loads, are the limit. Its columns should divide the row and be enough to hide latency.
+
+    Args:
+        sliding: How it slides.
+        planes: Images × blocks of channels.
+        machine: What the kernel is for.
+        weighted: Whether elements are multiplied by weights.
+    """
+    vectors = machine.block // machine.lanes
+    high, wide = sliding.kernel
+    held = min(wide, 3) if weighted else 0  # of a wider kernel's weights, the rest is read as it is used
+    # Long rows of few taps are worth code of their own where all rows of the kernel lie in the image: measured 8 % on
+    # AVX2 and 25 % on AVX-512 at 56 × 56, nothing at 28 × 28 or with a stride; smaller tiles keep that code small.
+    unrolled = weighted and high <= 3 and sliding.stride == (1, 1) and sliding.output[0] >= 40
+    most = min(max((machine.registers - 2) // vectors - held, 4), 8 if unrolled else 14)
+    row, columns = min(
+        (_row_cycles(sliding.output[1], columns, high * wide, vectors), columns)
+        for columns in range(1, min(most, sliding.output[1]) + 1)
+    )
+    split = max(1, min(wide, _IN_FLIGHT // (columns * vectors)))
+    cycles = planes * sliding.output[0] * (row + _ROW)
+    return WindowPlan(columns, split, _window_chunk(sliding, planes, machine), unrolled, cycles > _SHARE)
+
+
+def depthwise_plan(shape: ConvShape, machine: Machine) -> WindowPlan:
+    """Return the knobs of a depthwise convolution."""
+    return window_plan(sliding_of(shape), planes_of(shape, machine), machine, weighted=True)
+
+
+def sliding_of(shape: ConvShape) -> Sliding:
+    """Return how a convolution's kernel slides."""
+    return Sliding(shape.image, shape.kernel, shape.stride, shape.padding, shape.dilation, shape.output)
+
+
+def planes_of(shape: ConvShape, machine: Machine) -> int:
+    """Return images × blocks of channels of a depthwise convolution."""
+    return shape.batch * blocks_of(shape.groups, machine.block)
+
+
+def _row_cycles(width: int, columns: int, taps: int, vectors: int) -> float:
+    """Return what an output row costs in tiles of some columns; the last one may be narrower."""
+
+    def tile(count: int) -> float:
+        busy = count * vectors
+        return taps * (busy / 2 + max(0.0, _IN_FLIGHT - busy) / 8) + 2
+
+    return width // columns * tile(columns) + (tile(width % columns) if width % columns else 0.0)
+
+
+def _window_chunk(sliding: Sliding, planes: int, machine: Machine) -> int:
+    """Return how many output rows a task computes: a whole plane, unless planes share badly among cores."""
+    best, best_cost = sliding.output[0], float("inf")
+    for chunks in range(1, min(sliding.output[0], 4 * machine.cores) + 1):
+        size = -(-sliding.output[0] // chunks)
+        tasks = planes * -(-sliding.output[0] // size)
+        cost = -(-tasks // machine.cores) * size * (1 + 0.01 * chunks)
+        if cost < best_cost * 0.999:
+            best, best_cost = size, cost
+    return best

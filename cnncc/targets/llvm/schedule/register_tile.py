@@ -1,0 +1,69 @@
+"""The inner loop of every product: a tile of sums that stays in registers.
+
+A tile is pixels × channels. A step of the sum loads a few vectors of weights, and multiplies each pixel's one value
+with all of them. Pixels and vectors are unrolled here, and the sums live in buffers of one pixel each: LLVM keeps a
+buffer in registers if it is small and every index into it is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import tirx
+
+from cnncc.targets.llvm.schedule import tir
+
+Source = Callable[[int], Any]
+"""Pixel of the tile → its value in this step."""
+Weight = Callable[[Any], Any]
+"""Channel of the tile → its weight in this step."""
+Put = Callable[[int, Any, Any], Any]
+"""Pixel, channel and sum → a store."""
+
+
+@dataclass(frozen=True)
+class RegisterTile:
+    """Sums of a block of statements; the block must allocate `buffers`.
+
+    Attributes:
+        pixels: Rows of the tile.
+        channels: Columns of the tile; whole vectors.
+        lanes: Elements of a vector.
+        buffers: The sums of each pixel, ``[channels]``.
+    """
+
+    pixels: int
+    channels: int
+    lanes: int
+    buffers: tuple[Any, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the buffers."""
+        made = (tir.buffer([self.channels], "tile", scope="local") for _ in range(self.pixels))
+        object.__setattr__(self, "buffers", tuple(made))
+
+    def clear(self) -> list[Any]:
+        """Return the statements that set every sum to zero."""
+        zero = tirx.const(0.0, "float32")
+        return self._each(lambda pixel, channel: tir.store(self.buffers[pixel], [channel], zero))
+
+    def step(self, source: Source, weight: Weight) -> list[Any]:
+        """Return the statements that add one product to every sum."""
+
+        def add(pixel: int, channel: Any) -> Any:
+            held = self.buffers[pixel]
+            return tir.store(held, [channel], held[channel] + source(pixel) * weight(channel))
+
+        return self._each(add)
+
+    def collect(self, put: Put) -> list[Any]:
+        """Return the statements that take every sum out of the tile."""
+        return self._each(lambda pixel, channel: put(pixel, channel, self.buffers[pixel][channel]))
+
+    def _each(self, element: Callable[[int, Any], Any]) -> list[Any]:
+        def vector(pixel: int, first: int) -> Any:
+            return tir.vector(self.lanes, lambda lane: element(pixel, first + lane))
+
+        return [vector(pixel, first) for pixel in range(self.pixels) for first in range(0, self.channels, self.lanes)]

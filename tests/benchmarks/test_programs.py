@@ -1,0 +1,81 @@
+"""The benchmarks' programs, on the digits CNN."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.models import NETWORKS, find
+from tests.conftest import ROOT
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program as `make bench` does."""
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_peers_prints_ratios_and_the_reason_for_every_peer_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CNNCC_BENCH_PYTHON_NCNN", "/bin/false")  # finds no module
+    result = run(
+        *("peers.py", "digits", "--against", "ort,ncnn", "--threads", "1,2", "--rounds", "2", "--min-time", "0.02"),
+        *("--repeat", "2", "--output", str(tmp_path / "out.json")),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "digits, 1 thread, 0.00939 GFLOP" in result.stdout
+    assert "digits, 2 threads, 0.00939 GFLOP" in result.stdout
+    assert result.stdout.count("not measured: ncnn is not installed") == 2
+    assert len(re.findall(r"^geometric mean of ours / fastest peer: [\d.]+ over 1 networks$", result.stdout, re.M)) == 2
+    assert "2 runs: " in result.stdout
+    one, two = json.loads((tmp_path / "out.json").read_bytes())
+    assert (one["name"], one["threads"], two["threads"], one["fastest"]) == ("digits", 1, 2, "ort")
+    assert one["peak"] > 1e9
+    assert len(one["reports"]) == 2
+    assert [peer["name"] for peer in one["reports"][0]["refused"]] == ["ncnn"]
+
+
+@pytest.mark.slow
+def test_peers_names_networks_that_it_cannot_measure() -> None:
+    result = run("peers.py", "none.onnx", "--against", "ort")
+    assert result.returncode == 1
+    assert "none.onnx was not measured: " in result.stdout
+
+
+def test_peers_refuses_peers_that_nobody_knows() -> None:
+    result = run("peers.py", "digits", "--against", "orc")
+    assert result.returncode == 2
+    assert "'orc' is not a known peer" in result.stderr
+
+
+@pytest.mark.slow
+def test_kernels_prints_every_kernel_and_their_sum() -> None:
+    result = run("kernels.py", "digits", "--rounds", "1", "--threads", "1")
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert re.search(r"^digits, 1 thread, peak \d+ GFLOP/s$", result.stdout, re.M)
+    assert len(re.findall(r"GFLOP/s +\d+  ", result.stdout)) >= 4  # two convolutions, two matrix products
+    assert re.search(r"kernels [\d.]+ ms, network [\d.]+ ms \([+-][\d.]+ %\)", result.stdout)
+
+
+@pytest.mark.slow
+def test_the_peak_is_more_than_a_scalar_unit_gives() -> None:
+    result = run("peak.py", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["lanes"] >= 4
+    assert found["operations_per_second"] > 2e9 * found["lanes"] / 4
+
+
+def test_networks_have_names_of_their_own_and_others_are_models() -> None:
+    assert len({network.name for network in NETWORKS}) == len(NETWORKS) == 14
+    assert find(()) == NETWORKS
+    [known, other] = find(("resnet18", "torchvision:alexnet"))
+    assert known.shape == "1,3,224,224"
+    assert (other.model, other.shape) == ("torchvision:alexnet", "")

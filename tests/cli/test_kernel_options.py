@@ -1,0 +1,70 @@
+"""``--no-winograd`` and ``--direct``: what they change, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cnncc.compiler.bench.subjects import peers
+from cnncc_runtime.bundle import read_bundle
+from tests.cli.conftest import WriteModule
+from tests.cli.harness import call
+
+MODEL = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 32, 3, padding=1)
+            self.body = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+            self.head = nn.Linear(32, 5000)
+
+        def forward(self, x):
+            return self.head(self.body(self.first(x)).mean((2, 3)))
+
+    def build():
+        torch.manual_seed(0)
+        return Net().eval()
+"""
+
+
+def kernels(bundle: Path) -> dict[str, str]:
+    """Return PyTorch module → name of the rule that made the kernel of its convolution."""
+    layers = read_bundle(bundle).manifest.layers
+    return {layer.modules[0]: layer.schedule.split(",")[0] for layer in layers if "Conv" in layer.ops}
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "second"),
+    [
+        ((), "winograd", "winograd"),
+        (("--no-winograd",), "conv2d", "conv2d"),
+        (("--direct", "body.0"), "conv2d", "winograd"),
+        (("--direct", "body.*"), "conv2d", "conv2d"),
+    ],
+)
+def test_winograd_is_used_where_it_may_be(
+    flags: tuple[str, ...], first: str, second: str, write_module: WriteModule, tmp_path: Path
+) -> None:
+    model, bundle = write_module(MODEL), tmp_path / "net.cnncc"
+    call("compile", f"{model}:build", "--input-shape", "1,3,64,64", "-o", bundle, *flags)
+    assert kernels(bundle) == {"first": "conv2d", "body.0": first, "body.2": second}
+
+
+def test_a_pattern_that_matches_no_module_is_refused(write_module: WriteModule, tmp_path: Path) -> None:
+    model, bundle = write_module(MODEL), tmp_path / "net.cnncc"
+    outcome = call(
+        "compile", f"{model}:build", "--input-shape", "1,3,64,64", "-o", bundle, "--direct", "layer4.*", code=2
+    )
+    assert "no convolution lies in a module called 'layer4.*'" in outcome.stderr
+    assert "body.0" in outcome.stderr
+    assert not bundle.exists()
+
+
+def test_the_help_of_bench_names_every_peer() -> None:
+    text = " ".join(call("bench", "--help").stdout.split())
+    for peer in peers():
+        assert peer in text

@@ -1,0 +1,108 @@
+"""Kernels of one operator as assembly, and the loops in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+
+from cnncc.targets.base import Profile
+from cnncc.targets.devices import named, resolve_profile
+from cnncc.targets.llvm import codegen, pipeline
+from cnncc.targets.llvm.machine import Machine, machine_of, target_options
+from cnncc.targets.llvm.quiet import quiet
+from cnncc.targets.llvm.schedule.driver import schedule
+from cnncc.targets.llvm.schedule.rules import RULES
+
+ISAS = {
+    "avx2": ("x86_64-linux-gnu", "x86-64-v3"),
+    "avx512": ("x86_64-linux-gnu", "x86-64-v4"),
+    "neon": ("aarch64-linux-gnu", "cortex-a76"),
+}
+
+Emit = Callable[[Any, Any, Machine], Any]
+"""Takes the block builder, the data and the machine; returns the call of the operator."""
+
+
+def isa_profile(isa: str) -> Profile:
+    """Return the profile of an instruction set, whether this machine has it or not."""
+    triple, cpu = ISAS[isa]
+    return named(resolve_profile(mtriple=triple, mcpu=cpu))
+
+
+def kernel_assembly(profile: Profile, data: tuple[int, ...], emit: Emit) -> str:
+    """Compile one operator with a ReLU behind it and return its assembly.
+
+    Args:
+        profile: What to compile for.
+        data: Shape of the operator's input.
+        emit: The operator.
+    """
+    machine = machine_of(profile)
+    target = tvm.target.Target(target_options(profile))
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(data, "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(emit(builder, x, machine))
+            done = builder.emit_output(relax.op.maximum(y, relax.const(np.float32(0))))
+        builder.emit_func_output(done)
+    module = builder.finalize()
+    with quiet(), target, tvm.transform.PassContext(opt_level=3):
+        for passes in (pipeline.legalize_passes(machine), pipeline.fuse_passes(), pipeline.merge_passes()):
+            module = pipeline.run(module, passes)
+        module, _ = schedule(module, RULES, machine, lambda _fraction: None)
+        kernels = {var.name_hint: f for var, f in module.functions_items() if isinstance(f, tirx.PrimFunc)}
+        tirx.register_tir_pipeline("cnncc-test", lambda: codegen._pipeline())
+        named_kernels = {name: f.with_attr("global_symbol", name) for name, f in kernels.items()}
+        built = tirx.build(tvm.IRModule(named_kernels), target=target, pipeline="cnncc-test")
+    return str(built.inspect_source("asm"))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop without loops in it.
+
+    Attributes:
+        label: Where it starts.
+        lines: Its instructions.
+    """
+
+    label: str
+    lines: tuple[str, ...]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Vector multiply-adds in it."""
+        return sum(bool(re.search(r"\b(vfmadd\d+ps|fmla)\b", line)) for line in self.lines)
+
+    @property
+    def stores(self) -> list[str]:
+        """Vector stores to memory other than the stack."""
+        return [line for line in self.lines if re.search(r"mov[au]ps\s+%[xyz]mm\d+, .*\((?!%rsp)", line)
+                or re.search(r"\b(str|stp|stur|st1)\s+[{]?[qv]\d+(?!.*\[sp)", line)]  # fmt: skip
+
+    @property
+    def stack_traffic(self) -> list[str]:
+        """Vector loads and stores at the stack pointer: registers that were spilt."""
+        return [line for line in self.lines if re.search(r"[xyz]mm\d.*\(%rsp|\(%rsp.*[xyz]mm\d", line)
+                or re.search(r"\b(ldr|str|ldp|stp|ldur|stur)\s+[qvd]\d+.*\[sp", line)]  # fmt: skip
+
+
+def inner_loops(assembly: str) -> Iterator[Loop]:
+    """Yield the innermost loops: runs of lines that end in a jump back to their first label, no such run inside."""
+    lines = assembly.splitlines()
+    starts = {match.group(1): number for number, line in enumerate(lines) if (match := re.match(r"(\.?L\w+):", line))}
+    found: list[tuple[int, int, str]] = []
+    for number, line in enumerate(lines):
+        match = re.match(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+,\s*#?\d+,)\s+(\.?L\w+)", line)
+        if match and starts.get(match.group(1), number + 1) <= number:
+            found.append((starts[match.group(1)], number, match.group(1)))
+    for start, end, label in found:
+        if not any(start <= s and e < end for s, e, _ in found if (s, e) != (start, end)):
+            yield Loop(label, tuple(text.strip() for text in lines[start : end + 1]))

@@ -1,0 +1,45 @@
+"""Micro-kernels keep their accumulators in registers, on every instruction set, by their assembly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cnncc.targets.llvm.blocked.convolution import conv2d
+from cnncc.targets.llvm.blocked.geometry import blocked_shape
+from cnncc.targets.llvm.machine import machine_of
+from cnncc.targets.llvm.rules import ConvShape, direct_plan
+from tests.targets.llvm.assembly import ISAS, inner_loops, isa_profile, kernel_assembly
+
+CONVOLUTIONS = {
+    "3×3": (64, 64, 28, 3, 1, 1),
+    "3×3 on 7×7": (128, 128, 7, 3, 1, 1),
+    "3×3 stride 2": (64, 128, 28, 3, 2, 1),
+    "1×1": (64, 256, 28, 1, 1, 0),
+    "1×1 on 7×7": (256, 96, 7, 1, 1, 0),
+    "1×1 to 24 channels": (96, 24, 28, 1, 1, 0),
+    "first layer": (3, 32, 32, 7, 2, 3),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_spills_nothing_in_its_inner_loops(isa: str, name: str) -> None:
+    inputs, outputs, size, kernel, stride, padding = CONVOLUTIONS[name]
+    profile = isa_profile(isa)
+    machine = machine_of(profile)
+    out = (size + 2 * padding - kernel) // stride + 1
+    shape = ConvShape(
+        1, 1, inputs, outputs, (size, size), (kernel, kernel), (stride, stride), (padding,) * 4, (1, 1), (out, out),
+        blocked=inputs > 4,
+    )  # fmt: skip
+    plan = direct_plan(shape, machine)
+    weight = np.ones((outputs, inputs, kernel, kernel), "float32")
+    image = (1, inputs, size, size)
+    data = blocked_shape(image, machine.block) if shape.blocked else image
+    text = kernel_assembly(profile, data, lambda builder, x, m: conv2d(builder, x, weight, shape, m))
+    registers = plan.columns * plan.panel * (machine.block // machine.lanes)
+    hot = [loop for loop in inner_loops(text) if loop.multiply_adds >= registers]
+    assert hot, "no inner loop holds the whole register tile"
+    for loop in hot:
+        assert loop.stack_traffic == [], f"{loop.label} of {plan} spills"
