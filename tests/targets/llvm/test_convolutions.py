@@ -14,6 +14,7 @@ from onnx import NodeProto, helper, numpy_helper
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reference import Reference
 from cnncc.targets.devices import resolve_profile
+from cnncc.targets.llvm.blocked.convolution import whole_groups
 from tests.targets.conformance import graph_of
 from tests.targets.llvm.running import run_graph
 
@@ -127,6 +128,15 @@ def check(case: Case, cpu: str | None) -> None:
 @settings(max_examples=25, deadline=None)
 def test_a_convolution_computes_what_onnx_runtime_computes(cpu: str | None, case: Case) -> None:
     check(case, cpu)
+
+
+@pytest.mark.parametrize(("groups", "inputs", "outputs"), [(2, 2, 2), (3, 1, 2), (2, 1, 1), (2, 2, 8), (9, 2, 2)])
+def test_groups_that_fill_no_block_read_no_lane_after_the_last_channel(groups: int, inputs: int, outputs: int) -> None:
+    weight = np.ones((groups * outputs, inputs, 3, 3), "float32")
+    merged, count = whole_groups(weight, groups, 16)
+    if count == 1:
+        assert merged.shape[:2] == (groups * outputs, groups * inputs)
+    check(Case(1, groups, inputs, outputs, (5, 5), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True, False, "relu"), None)
 
 
 @pytest.mark.slow

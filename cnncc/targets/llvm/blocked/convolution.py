@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tvm import ir, relax, te, tirx
+from tvm import relax, te, tirx
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.machine import Machine
@@ -52,8 +52,8 @@ def whole_groups(weight: NDArray[Any], groups: int, block: int) -> tuple[NDArray
         block: Channels of a block.
 
     Returns:
-        The weights and the new number of groups, 1 where no number of groups makes whole blocks. The last group may be
-        filled up with groups of zeros: it then reads lanes after the last channel, which must not be NaN.
+        The weights and the new number of groups, 1 where no number of groups makes whole blocks. The last of several
+        groups may be filled up with groups of zeros: it then reads lanes after the last channel, which must not be NaN.
     """
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     size = math.lcm(block // math.gcd(block, inputs), block // math.gcd(block, outputs))
@@ -66,7 +66,8 @@ def whole_groups(weight: NDArray[Any], groups: int, block: int) -> tuple[NDArray
     parts = weight.reshape(groups, outputs, inputs, *weight.shape[2:])
     for number in range(groups):
         full[number, :, number % size] = parts[number]
-    return full.reshape(count * size * outputs, size * inputs, *weight.shape[2:]), count
+    whole = full.reshape(count * size * outputs, size * inputs, *weight.shape[2:])
+    return (whole[: groups * outputs, : groups * inputs], 1) if count == 1 else (whole, count)
 
 
 def pack_weights(weight: NDArray[Any], shape: ConvShape, plan: DirectPlan, machine: Machine) -> NDArray[Any]:
@@ -114,33 +115,3 @@ def definition(shape: ConvShape, plan: DirectPlan, machine: Machine) -> Any:
         return te.compute(result, element, name="conv2d", attrs=notes)
 
     return define
-
-
-def conv_shape(call: Any, channels: tuple[int, int], groups: int, image: Sequence[int], machine: Machine) -> ConvShape:
-    """Return the shape of a Relax convolution.
-
-    Args:
-        call: ``relax.nn.conv2d`` on ``[n, c, h, w]``.
-        channels: Input and output channels of a group, after `whole_groups`.
-        groups: Groups, after `whole_groups`.
-        image: Shape of the data, ``[n, c, h, w]``.
-        machine: Not used beyond the choice of few channels.
-    """
-    attrs = call.attrs
-    weight = _ints(call.args[1].ty.shape)
-    stride, dilation = _ints(attrs.strides), _ints(attrs.dilation)
-    top, left, bottom, right = _ints(attrs.padding)
-    batch, total, height, width = image
-    out = _ints(call.ty.shape)[2:]
-    return ConvShape(
-        batch, groups, channels[0], channels[1], (height, width), (weight[2], weight[3]), (stride[0], stride[1]),
-        (top, left, bottom, right), (dilation[0], dilation[1]), (out[0], out[1]),
-        blocked=total > FEW_CHANNELS or groups > 1,
-    )  # fmt: skip
-
-
-def _ints(values: Any) -> list[int]:
-    return [int(value) for value in values]
-
-
-__all__ = ["FEW_CHANNELS", "conv2d", "conv_shape", "ir", "pack_weights", "whole_groups"]
