@@ -87,7 +87,9 @@ def vector(lanes: int, body: Body) -> Any:
 
 
 def sequence(statements: Sequence[Any]) -> Any:
-    """Return statements one after the other."""
+    """Return statements one after the other; none is a statement that does nothing."""
+    if not statements:
+        return tirx.Evaluate(tirx.const(0, "int32"))
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))
 
 
