@@ -40,7 +40,9 @@ class SlidingWindow:
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the window's kernel, or None where the function is not one."""
         anchor = find_anchor(function, WINDOW)
-        return None if anchor is None else _Builder(anchor).function(function)
+        if anchor is None or not anchor.reads:  # a window that sees nothing but padding reads nothing
+            return None
+        return _Builder(anchor).function(function)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Winograd:
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one."""
         anchor = find_anchor(function, WINOGRAD)
-        return None if anchor is None else _Builder(anchor, machine).function(function)
+        return None if anchor is None or len(anchor.reads) < 2 else _Builder(anchor, machine).function(function)
 
 
 class _Builder:
