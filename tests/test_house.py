@@ -51,3 +51,10 @@ def test_every_module_that_the_architecture_names_exists() -> None:
         first, *others = re.findall(r"`([^`]+)`", row)
         for name in (first, *(f"{Path(first).parent}/{other}" for other in others)):
             assert (ROOT / ("runtime" if name.startswith("cnncc_runtime") else "") / name).exists(), name
+
+
+def test_the_linter_reads_every_file() -> None:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    ruff = [sys.executable, "-m", "ruff", "check", "--show-files"]
+    read = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {str(ROOT / name) for name in tracked.stdout.split()} <= set(read)

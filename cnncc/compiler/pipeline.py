@@ -19,7 +19,7 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +91,8 @@ class CompileRequest:
     output: Path
     target: str = "llvm"
     batches: tuple[int, ...] = ()
-    kernels: KernelOptions = KernelOptions()
-    optimize: Optimize = Optimize()
+    kernels: KernelOptions = field(default_factory=KernelOptions)
+    optimize: Optimize = field(default_factory=Optimize)
     data: str = ""
     samples: int = 32
     preprocessing: Preprocessing | None = None

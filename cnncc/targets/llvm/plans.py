@@ -12,8 +12,8 @@ from cnncc.targets.llvm.knobs import (
     DIRECT,
     WINOGRAD,
     decode,
-    decode_direct,
     decode_depthwise,
+    decode_direct,
     decode_winograd,
 )
 from cnncc.targets.llvm.machine import Machine

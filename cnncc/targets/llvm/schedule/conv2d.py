@@ -37,7 +37,9 @@ class Conv2d:
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
         anchor = find_anchor(function, CONV2D)
-        return None if anchor is None or len(anchor.reads) != _OPERANDS else _Builder(anchor, machine).function(function)
+        return (
+            None if anchor is None or len(anchor.reads) != _OPERANDS else _Builder(anchor, machine).function(function)
+        )
 
 
 @dataclass(frozen=True)

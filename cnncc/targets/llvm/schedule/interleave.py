@@ -10,7 +10,6 @@ from tvm import tirx
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
-from cnncc.targets.llvm.schedule.nests import PARALLEL_WORK
 
 INTERLEAVE = "interleave"
 
@@ -59,4 +58,4 @@ def _function(anchor: Anchor, like: Any, machine: Machine) -> Any:
 
     tasks = batch * blocks * rows
     work = tasks * columns * lanes
-    return tir.function(like, tir.parallel(tasks, task) if work >= PARALLEL_WORK else tir.loop(tasks, task))
+    return tir.function(like, tir.shared(tasks, work, task))

@@ -13,6 +13,9 @@ from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 
 MATMUL = "matmul"
 
+_PRODUCTS = 4
+"""Products that take as long as touching one element."""
+
 
 @dataclass(frozen=True)
 class Matmul:
@@ -56,7 +59,7 @@ class _Builder:
 
         work = matrices * self.height * self.width * self.depth
         tasks = matrices * down * across
-        body = tir.parallel(tasks, task) if work > 65536 else tir.loop(tasks, task)
+        body = tir.shared(tasks, work // _PRODUCTS, task)
         return tir.function(like, body)
 
     def _outer(self, number: Any) -> list[Any]:

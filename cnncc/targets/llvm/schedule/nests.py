@@ -14,9 +14,6 @@ from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.access import Access, mentions
 from cnncc.targets.llvm.schedule.elementary import expensive
 
-PARALLEL_WORK = 16384
-"""Elements below which waking other cores costs more than it saves (4 µs a region)."""
-
 
 @dataclass(frozen=True)
 class Nest:
@@ -129,7 +126,7 @@ def _nest(schedule: Any, block: Any) -> Nest | None:
 
 def shared(access: Access, tasks: int, work: int, task: tir.Body) -> Any:
     """Return the loop over tasks, which cores share where the work, in elements, is worth it."""
-    body = tir.parallel(tasks, task) if work >= PARALLEL_WORK and tasks > 1 else tir.loop(tasks, task)
+    body = tir.shared(tasks, work, task)
     return tir.views(access.aliases, body) if access.aliases else body
 
 

@@ -11,7 +11,6 @@ from tvm import tirx
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import PARAMETERS, is_marked
-from cnncc.targets.llvm.schedule.nests import PARALLEL_WORK
 
 NORMALIZE = "normalize"
 
@@ -66,7 +65,7 @@ class _Builder:
 
         tasks = self.batch * tiles
         work = tasks * self.tile * self.blocks * self.lanes
-        body = tir.parallel(tasks, task) if work >= PARALLEL_WORK and tasks > 1 else tir.loop(tasks, task)
+        body = tir.shared(tasks, work, task)
         return tir.function(like, tir.views(self.aliases, body))
 
     def _tile(self, image: Any, start: Any) -> Any:

@@ -15,7 +15,6 @@ from tvm import tirx
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import PARAMETERS, is_marked
-from cnncc.targets.llvm.schedule.nests import PARALLEL_WORK
 
 PACKING = "packing"
 TO_BLOCKS, FROM_BLOCKS = range(2)
@@ -94,7 +93,7 @@ class _Builder:
 
         tasks = self.batch * self.blocks * chunks
         work = self.batch * self.channels * self.points
-        body = tir.parallel(tasks, task) if work >= PARALLEL_WORK and tasks > 1 else tir.loop(tasks, task)
+        body = tir.shared(tasks, work, task)
         return tir.function(like, tir.views(self.aliases, body))
 
     def _pixel(self, image: Any, block: Any, point: Any, channels: int) -> Any:

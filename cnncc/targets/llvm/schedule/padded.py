@@ -16,9 +16,6 @@ from cnncc.targets.llvm.schedule import tir
 
 Pair = tuple[int, int]
 
-_ALONE = 16384
-"""Elements below which waking other cores costs more than it saves."""
-
 
 @dataclass(frozen=True)
 class Image:
@@ -133,7 +130,7 @@ class Sliding:
         stride = (1, 1) if self.pointwise else self.stride
         image = Image(memory, height, width, self.lanes, stride, self.dilation)
         rows, elements = batch * self.blocks * height, tir.shape_of(memory)[0]
-        return image, (tir.parallel if elements > _ALONE else tir.loop)(rows, lambda number: self._row(image, number))
+        return image, tir.shared(rows, elements, lambda number: self._row(image, number))
 
     def _row(self, image: Image, number: Any) -> Any:
         row, plane = number % image.height, number // image.height

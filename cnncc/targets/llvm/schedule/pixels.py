@@ -11,9 +11,6 @@ from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Tail
 
-_PARALLEL_WORK = 16384
-"""Elements below which waking other cores costs more than it saves (4 µs a region)."""
-
 Over = Callable[[tir.Body], Any]
 """Takes what is done at a point, a list of indices, and returns the loops over the points."""
 
@@ -93,5 +90,5 @@ class Pixels:
 
         work = planes * self._rows * self._columns * self._lanes
         tasks = planes * chunks
-        body = tir.parallel(tasks, task) if work >= _PARALLEL_WORK and tasks > 1 else tir.loop(tasks, task)
+        body = tir.shared(tasks, work, task)
         return tir.function(like, tir.views(self._aliases, body) if self._aliases else body)

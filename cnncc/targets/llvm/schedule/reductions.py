@@ -12,7 +12,7 @@ from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.access import Access, joined, joined_inside
 from cnncc.targets.llvm.schedule.elementary import assign
-from cnncc.targets.llvm.schedule.nests import PARALLEL_WORK, Nest, product, put, shared, unravel
+from cnncc.targets.llvm.schedule.nests import Nest, product, put, shared, unravel
 
 _CHAIN = 256
 """Terms that follow each other in one register; see `rules`."""
@@ -200,8 +200,7 @@ def _scalar(nest: Nest) -> Any:
         return tir.block(tir.sequence([first, steps, done]), [result], "reduce")
 
     count = product(nest.spatial)
-    body = tir.parallel if count * product(nest.reduced) >= PARALLEL_WORK else tir.loop
-    return body(count, task)
+    return tir.shared(count, count * product(nest.reduced), task)
 
 
 def _operator(nest: Nest) -> Any | None:

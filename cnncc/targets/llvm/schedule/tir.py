@@ -37,6 +37,21 @@ def parallel(extent: Any, body: Body) -> Any:
     return loop(extent, body, ForKind.PARALLEL, "task")
 
 
+PARALLEL_WORK = 16384
+"""Elements below which waking other cores costs more than it saves (4 µs a region)."""
+
+
+def shared(tasks: int, work: int, body: Body) -> Any:
+    """Return a loop that cores share where there is enough to do.
+
+    Args:
+        tasks: How often the loop runs.
+        work: Elements that all of it touches.
+        body: Number of the task → its work.
+    """
+    return parallel(tasks, body) if work >= PARALLEL_WORK and tasks > 1 else loop(tasks, body)
+
+
 @dataclass
 class Lanes:
     """A vector loop that is being built: values that it names live in buffers of its length.
