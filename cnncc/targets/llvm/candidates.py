@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.knobs import DEPTHWISE, DIRECT, WINOGRAD, Plan, decode_depthwise, decode_direct
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan, depthwise_plan, direct_plan, register_tiles
+from cnncc.targets.llvm.rules import (
+    ConvShape,
+    DirectPlan,
+    WindowPlan,
+    depthwise_plan,
+    direct_plan,
+    least_chunk,
+    register_tiles,
+)
 from cnncc.targets.llvm.winograd_rules import applies, direct_cycles, predicted_plans
 from cnncc_runtime.errors import DataRefused
 
@@ -66,7 +73,7 @@ def _candidates(method: str, plans: Iterable[Plan]) -> list[Candidate]:
 def _direct(shape: ConvShape, machine: Machine) -> Iterator[DirectPlan]:
     rule = direct_plan(shape, machine)
     yield rule
-    ranked = sorted(register_tiles(shape.row, blocks_of(shape.outputs, machine.block), machine))
+    ranked = sorted(register_tiles(shape, machine))
     cheapest: dict[int, tuple[float, tuple[int, int]]] = {}
     for cost, (columns, panel) in ranked:  # the best of each panel, then what comes next
         cheapest.setdefault(panel, (cost, (columns, panel)))
@@ -74,8 +81,12 @@ def _direct(shape: ConvShape, machine: Machine) -> Iterator[DirectPlan]:
     tiles = [tile for cost, tile in order if cost <= _DEARER * ranked[0][0] and tile != (rule.columns, rule.panel)]
     for tile in list(dict.fromkeys(tiles))[:_TILES]:
         yield direct_plan(shape, machine, tile)
-    step = rule.columns if shape.flat else 1
-    chunks = (max(step, rule.chunk // 2 // step * step), rule.chunk * 2, shape.row if shape.flat else shape.output[0])
+    step = least_chunk(shape, rule.columns)
+    chunks = (
+        max(step, rule.chunk // 2 // step * step),
+        rule.chunk * 2,
+        shape.pixels if shape.flat else shape.output[0],
+    )
     changed = [replace(rule, chunk=chunk) for chunk in chunks]
     changed += [replace(rule, chain=max(1, rule.chain // 2)), replace(rule, chain=1)]
     for plan in changed:

@@ -10,6 +10,13 @@ from cnncc.targets.devices.isa import isa_of
 from cnncc.targets.devices.llvm_lists import features_of
 
 _KIB = 1024
+_X86 = 8
+"""Addresses in 16 general registers."""
+_BROADCASTS = 10
+"""Without operands that broadcast from memory, LLVM loads those of several steps ahead: sums were spilt from 11 pixels
+on."""
+_FOUR_CHANNELS = 3
+"""NEON multiplies by a lane of a register, which LLVM loads with four channels of a pixel."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,10 @@ class Machine:
         lanes: fp32 values in a vector register.
         block: Channels that lie side by side in a blocked tensor; one or more whole vectors.
         registers: Vector registers.
+        spare: Vector registers that a register tile leaves to broadcasts.
+        broadcasts: Pixels of a register tile at most.
+        pointers: Pixels of a register tile that may have an address each: general registers hold so many beside those
+            that every kernel needs. None on NEON, where LLVM then loads four channels of each pixel and spills.
         tiles: Register tiles that do not spill: rows (values broadcast against each loaded vector) and vectors.
         cores: Threads that share the work.
         l1: Bytes of first-level data cache to plan with.
@@ -31,6 +42,9 @@ class Machine:
     registers: int
     tiles: tuple[tuple[int, int], ...]
     cores: int
+    spare: int = 1
+    broadcasts: int = 32
+    pointers: int = 0
     l1: int = 32 * _KIB
     l2: int = 512 * _KIB
 
@@ -46,12 +60,12 @@ def machine_of(profile: Profile) -> Machine:
     """Return the register file of a profile's instruction set."""
     features = set(profile.features)
     if "avx512f" in features:
-        return Machine(16, 16, 32, _TILES_OF_32, profile.cores, l2=_KIB * _KIB)
+        return Machine(16, 16, 32, _TILES_OF_32, profile.cores, pointers=_X86, l2=_KIB * _KIB)
     if "avx" in features:
-        return Machine(8, 8, 16, _TILES_OF_16, profile.cores)
+        return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86)
     if profile.triple.startswith(("aarch64", "arm64", "riscv64")):
-        return Machine(4, 8, 32, _TILES_OF_32, profile.cores)
-    return Machine(4, 8, 16, _TILES_OF_16, profile.cores)
+        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS)
+    return Machine(4, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS)
 
 
 def target_options(profile: Profile) -> dict[str, Any]:

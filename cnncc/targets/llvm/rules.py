@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.machine import Machine
 
-_LATENCY = 4.6
-"""Cycles until a multiply-add's result can be added to, and a little, for queues are never full."""
-_LOOP = 0.25
-"""Cycles of a step's own: the counter and what does not overlap."""
+_LATENCY = 4.0
+"""Cycles until a multiply-add's result can be added to."""
+_LOOP = 0.8
+"""Cycles of a step's own: the counter and what does not overlap (measured on Zen 3, 4 to 12 sums)."""
 _PANEL = 8
 """Blocks of a register tile at most; many only where pixels are few, as behind global pooling."""
 _ALONE = 16384
 """Cycles of work below which waking other cores costs more than they save (4 µs a region)."""
+_L2_LANES = 2
+"""Bytes a cycle that one core reads from L2 into a kernel that also computes, for each lane of a vector."""
 _FROM_L2, _BEYOND_L2 = 16, 8
 """Bytes a cycle that one core reads in a stream, while it computes."""
 _CHAIN = 256
@@ -67,9 +69,9 @@ class ConvShape:
         return self.taps == 1 and not any(self.padding)
 
     @property
-    def row(self) -> int:
-        """Output pixels that register tiles may lie in side by side."""
-        return self.output[0] * self.output[1] if self.flat else self.output[1]
+    def pixels(self) -> int:
+        """Pixels of an output image."""
+        return self.output[0] * self.output[1]
 
     @property
     def depthwise(self) -> bool:
@@ -79,8 +81,7 @@ class ConvShape:
     @property
     def macs(self) -> int:
         """Multiply-adds of the direct method."""
-        pixels = self.output[0] * self.output[1]
-        return self.batch * self.groups * self.inputs * self.outputs * self.taps * pixels
+        return self.batch * self.groups * self.inputs * self.outputs * self.taps * self.pixels
 
     def shared(self, machine: Machine) -> bool:
         """Return whether cores should share the work."""
@@ -131,49 +132,69 @@ def direct_plan(shape: ConvShape, machine: Machine, tile: tuple[int, int] | None
         machine: What the kernel is for.
         tile: Columns and panel of the register tile, one of `register_tiles`; the cheapest by default.
     """
-    columns, panel = tile or register_tile(shape.row, blocks_of(shape.outputs, machine.block), machine)
+    columns, panel = tile or register_tile(shape, machine)
     chunk = _chunk(shape, (columns, panel), machine)
     return DirectPlan(columns, panel, longest_chain(shape, machine), chunk, shape.shared(machine))
 
 
-def register_tile(width: int, blocks: int, machine: Machine) -> tuple[int, int]:
-    """Return the pixels and blocks of channels of the register tile that costs the least for a row.
+def register_tile(shape: ConvShape, machine: Machine) -> tuple[int, int]:
+    """Return the pixels and blocks of channels of the register tile that costs the least.
 
     Each step of the sum broadcasts one value of every pixel against the vectors of the panel's weights. Sums, weights
     and one broadcast must fit the registers: one too many and the speed halves. Tiles are of one size: LLVM was seen to
     spill the second of two loops in one function.
-
-    Args:
-        width: Pixels in a row.
-        blocks: Blocks of output channels.
-        machine: Its registers.
     """
     best, best_cost = (1, 1), float("inf")
-    for cost, tile in register_tiles(width, blocks, machine):
+    for cost, tile in register_tiles(shape, machine):
         if cost < best_cost * 0.999:
             best, best_cost = tile, cost
     return best
 
 
-def register_tiles(width: int, blocks: int, machine: Machine) -> Iterator[tuple[float, tuple[int, int]]]:
-    """Yield every register tile that does not spill: what a row costs, and the pixels and blocks of the tile.
-
-    Args:
-        width: Pixels in a row.
-        blocks: Blocks of output channels.
-        machine: Its registers.
-    """
+def register_tiles(shape: ConvShape, machine: Machine) -> Iterator[tuple[float, tuple[int, int]]]:
+    """Yield every register tile that does not spill: what the image costs, and the pixels and blocks of the tile."""
     vectors = machine.block // machine.lanes
+    blocks = blocks_of(shape.outputs, machine.block)
+    chain = longest_chain(shape, machine) * shape.lane_block(machine) * shape.taps
     for panel in range(1, min(blocks, _PANEL) + 1):
         held = panel * vectors
-        most = (machine.registers - 1 - held) // held
-        for columns in range(1, min(width, most) + 1):
-            yield -(-width // columns) * _step(columns, held) * -(-blocks // panel), (columns, panel)
+        for columns in range(1, most_pixels(held, machine) + 1):
+            if columns <= widest_tile(shape, machine):
+                step = _step(columns, held, chain, machine)
+                yield _tiles(shape, columns, machine) * step * -(-blocks // panel), (columns, panel)
 
 
-def _step(pixels: int, vectors: int) -> float:
-    """Return the cycles of one step of a register tile: multiply-adds, loads, or waiting for the last step."""
-    return max(pixels * vectors / 2, (pixels + vectors) / 2, _LATENCY) + _LOOP
+def widest_tile(shape: ConvShape, machine: Machine) -> int:
+    """Return how many pixels the register tile may have: beyond the end of a row there must be addresses for all."""
+    return shape.pixels if shape.flat else max(shape.output[1], min(machine.pointers, shape.pixels))
+
+
+def least_chunk(shape: ConvShape, columns: int) -> int:
+    """Return how many rows (pixels, where the shape is flat) hold a register tile."""
+    return columns if shape.flat else -(-columns // shape.output[1])
+
+
+def most_pixels(vectors: int, machine: Machine) -> int:
+    """Return how many pixels a register tile of some vectors of channels may have."""
+    return min((machine.registers - machine.spare - vectors) // vectors, machine.broadcasts)
+
+
+def _tiles(shape: ConvShape, columns: int, machine: Machine) -> int:
+    """Return how many register tiles cover the image; see `schedule.tiling`."""
+    if shape.flat or columns <= machine.pointers:
+        return -(-shape.pixels // columns)
+    return shape.output[0] * -(-shape.output[1] // columns)
+
+
+def _step(pixels: int, vectors: int, chain: int, machine: Machine) -> float:
+    """Return the cycles of one step of a register tile: multiply-adds, loads, or waiting for the last step.
+
+    A load more asks for weights of the next chain. The weights of a chain pass once for every tile: from L2, where they
+    do not leave half of L1 to the image.
+    """
+    stays = chain * vectors * machine.lanes * 4 <= machine.l1 // 2
+    stream = 0.0 if stays else vectors * machine.lanes * 4 / (_L2_LANES * machine.lanes)
+    return max(pixels * vectors / 2, (pixels + vectors + 1) / 2, _LATENCY, stream) + _LOOP
 
 
 def longest_chain(shape: ConvShape, machine: Machine) -> int:
@@ -201,16 +222,16 @@ def _chunk(shape: ConvShape, tile: tuple[int, int], machine: Machine) -> int:
     """
     columns, panel = tile
     if shape.flat:
-        step, extent, pixels, reads = columns, shape.output[0] * shape.output[1], 1, 1
+        step, extent, pixels, reads = columns, shape.pixels, 1, 1
     else:
-        step, extent, pixels = 1, *shape.output
+        step, (extent, pixels) = least_chunk(shape, columns), shape.output
         reads = (shape.image[1] + shape.padding[1] + shape.padding[3]) * shape.stride[0]
     panels = -(-blocks_of(shape.outputs, machine.block) // panel)
     weights = shape.groups * shape.inputs * shape.outputs * shape.taps * 4
     a_cycle = _FROM_L2 if weights <= machine.l2 // 2 else _BEYOND_L2
     streamed = weights / a_cycle / (shape.macs / shape.batch / (2 * machine.lanes))
     best, best_cost = extent, float("inf")
-    for size in [*range(step, extent, step), extent]:
+    for size in [*range(step, extent, step if shape.flat else 1), extent]:
         inside = shape.inputs * reads * size * 4 <= machine.l2 // 2
         sums = size * pixels * panel * machine.block * 4 <= machine.l2 // 4
         if size > step and not (inside and sums):

@@ -13,7 +13,7 @@ from typing import TypeVar
 from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.blocked.transforms import transform_of
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.rules import ConvShape
+from cnncc.targets.llvm.rules import ConvShape, most_pixels
 
 Layer = TypeVar("Layer")
 
@@ -258,7 +258,7 @@ def _register_tile(tiles: int, blocks: int, machine: Machine) -> tuple[int, int]
     for panel in range(1, min(blocks, 4) + 1):
         held = panel * vectors
         covered = ceil(blocks / panel) * panel / blocks
-        most = (machine.registers - 1 - held) // held
+        most = most_pixels(held, machine)
         if most < 1:
             break
         groups = ceil(tiles / most)

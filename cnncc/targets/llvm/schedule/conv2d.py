@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +16,16 @@ from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
 from cnncc.targets.llvm.schedule.padded import Image, Sliding
 from cnncc.targets.llvm.schedule.register_tile import RegisterTile
+from cnncc.targets.llvm.schedule.tiling import Place, Tiling
 
 CONV2D = "conv2d"
 _OPERANDS = 2
 _LINE = 16
 """Elements of a cache line."""
 
-Place = tuple[Any, Any]
-"""Row and column of an output pixel."""
-Take = Callable[[RegisterTile, Any, Any, Any], list[Any]]
-"""Registers, row, first column and number of a tile → the statements that take its sums."""
+Take = Callable[[RegisterTile, Any, Callable[[Any], Place]], list[Any]]
+"""Registers and number of a tile, and pixel of the tile → its place in the output; returns the statements that take
+its sums."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,12 @@ class _Builder:
         self.tail, self.aliases = joined or (anchor.tail, {})
         self.flat = joined is not None
         self.extent = (1, high * wide) if self.flat else (high, wide)
+        self.pointers = machine.pointers
         if flat and not self.flat:  # the plan counts pixels of one long row
-            rows = max(1, self.plan.chunk // wide)
-            self.plan = replace(self.plan, columns=min(self.plan.columns, wide), chunk=rows)
+            self.plan = replace(self.plan, chunk=max(1, self.plan.chunk // wide))
+        if not self.flat:
+            columns = self.plan.columns if self.plan.columns <= machine.pointers else min(self.plan.columns, wide)
+            self.plan = replace(self.plan, columns=columns, chunk=max(self.plan.chunk, -(-columns // wide)))
 
     def function(self, like: Any) -> Any:
         """Return the kernel."""
@@ -103,83 +106,79 @@ class _Builder:
         """Return the work of one task: some rows (pixels, where flat) of one panel."""
         high, wide = (1, size) if self.flat else (size, self.extent[1])
         origin = (tir.index(0), first) if self.flat else (first, tir.index(0))
+        joined = wide % self.plan.columns > 0 and self.plan.columns <= self.pointers and high > 1
+        tiling = Tiling(high, wide, self.plan.columns, joined)
         chains = -(-self.blocks // self.plan.chain)
         if chains > 1 or expensive(self.tail.value):
-            return self._through_sums(image, part, origin, (high, wide), chains)
+            return self._through_sums(image, part, origin, tiling, chains)
 
-        def take(registers: RegisterTile, row: Any, column: Any, _slot: Any) -> list[Any]:
+        def take(registers: RegisterTile, _slot: Any, place: Callable[[Any], Place]) -> list[Any]:
             stores = []
             for pixel, held in enumerate(registers.buffers):
-                stores += self._store(part, (origin[0] + row, origin[1] + column + pixel), held.__getitem__)
+                stores += self._store(part, _moved(origin, place(pixel)), held.__getitem__)
             return stores
 
-        return self._tiles(image, part, origin, (high, wide), tir.index(0), take)
+        return self._tiles(image, part, origin, tiling, tir.index(0), take)
 
-    def _across(self, wide: int) -> tuple[int, Callable[[Any], Any]]:
-        """Return how many tiles cover a row, and number of a tile → its first column."""
-        columns = self.plan.columns
-
-        def first(number: Any) -> Any:
-            return tirx.min(number * columns, tir.index(wide - columns)) if wide % columns else number * columns
-
-        return -(-wide // columns), first
-
-    def _tiles(self, image: Image, part: _Part, origin: Place, size: tuple[int, int], chain: Any, take: Take) -> Any:
+    def _tiles(self, image: Image, part: _Part, origin: Place, tiling: Tiling, chain: Any, take: Take) -> Any:
         """Return the loops over the register tiles of a rectangle of pixels."""
-        across, first = self._across(size[1])
 
-        def tile(row: Any, number: Any) -> Any:
+        def tile(number: Any, place: Callable[[Any], Place]) -> Any:
             registers = RegisterTile(self.plan.columns, self.width, self.block)
-            column = first(number)
-            steps = self._chain(registers, image, part, (origin[0] + row, origin[1] + column), chain)
-            body = [*registers.clear(), steps, *take(registers, row, column, row * across + number)]
-            return tir.block(tir.sequence(body), registers.buffers, "tile")
+            spot = image.pixel(*_moved(origin, place(0)))
+            offsets = [spot + image.pixel(0, pixel) for pixel in range(self.plan.columns)]
+            held, buffers = [], list(registers.buffers)
+            if tiling.joined:  # the pixels do not lie at constant distances: each address is computed once
+                kept = tir.buffer([self.plan.columns], "offsets", "int32", "local")
+                places = [image.pixel(*_moved(origin, place(pixel))) for pixel in range(self.plan.columns)]
+                held = [tir.store(kept, [n], where.astype("int32")) for n, where in enumerate(places)]
+                offsets = [kept[n] for n in range(self.plan.columns)]
+                buffers.append(kept)
+            steps = self._chain(registers, image, part, offsets, chain)
+            body = [*held, *registers.clear(), steps, *take(registers, number, place)]
+            return tir.block(tir.sequence(body), buffers, "tile")
 
-        return tir.loop(size[0], lambda y: tir.loop(across, lambda n: tile(y, n), name="tile"), name="row")
+        return tiling.each(tile)
 
-    def _through_sums(self, image: Image, part: _Part, origin: Place, size: tuple[int, int], chains: int) -> Any:
+    def _through_sums(self, image: Image, part: _Part, origin: Place, tiling: Tiling, chains: int) -> Any:
         """Return the work of one task whose sums wait in memory: for their next chain, or for a costly epilogue."""
-        across, first = self._across(size[1])
-        shape = [size[0] * across, self.plan.columns, self.width]
-        sums = tir.buffer(shape, "sums")
+        sums = tir.buffer([tiling.count, self.plan.columns, self.width], "sums")
 
-        def take(registers: RegisterTile, _row: Any, _column: Any, slot: Any) -> list[Any]:
-            def put(pixel: int, channel: Any, value: Any) -> Any:
-                place = (slot, pixel, channel)
-                return tir.store(sums, place, sums[place] + value if chains > 1 else value)
-
-            return registers.collect(put)
-
-        def finish(row: Any, number: Any) -> Any:
+        def finish(number: Any, place: Callable[[Any], Place]) -> Any:
             def pixel(index: Any) -> Any:
-                here = (origin[0] + row, origin[1] + first(number) + index)
-                place = (row * across + number, index)
-                return tir.sequence(self._store(part, here, lambda channel: tir.at(sums, *place, channel)))
+                here = _moved(origin, place(index))
+                return tir.sequence(self._store(part, here, lambda channel: tir.at(sums, number, index, channel)))
 
             return tir.loop(self.plan.columns, pixel, name="pixel")
 
-        body = [
-            tir.loop(chains, lambda chain: self._tiles(image, part, origin, size, chain, take), name="chain"),
-            tir.loop(size[0], lambda y: tir.loop(across, lambda n: finish(y, n), name="tile"), name="finish"),
-        ]
-        if chains > 1:
-            elements = shape[0] * shape[1] * shape[2]
-            flat = tir.buffer([elements], "sums_flat")
-            zero = tirx.const(0.0, "float32")
-            clear = tir.for_vectors(elements, self.block, lambda i: tir.store(flat, [i], zero))
-            body.insert(0, tir.views({sums: flat}, clear))
+        def all_tiles(chain: Any) -> Any:
+            def take(registers: RegisterTile, slot: Any, _place: Callable[[Any], Place]) -> list[Any]:
+                def keep(pixel: int, channel: Any, value: Any) -> Any:
+                    return tir.store(sums, (slot, pixel, channel), value)
+
+                def add(pixel: int, channel: Any, value: Any) -> Any:
+                    return keep(pixel, channel, sums[slot, pixel, channel] + value)
+
+                if chains == 1:
+                    return registers.collect(keep)
+                first, next_one = (tir.sequence(registers.collect(put)) for put in (keep, add))
+                return [tirx.IfThenElse(chain == 0, first, next_one)]
+
+            return self._tiles(image, part, origin, tiling, chain, take)
+
+        body = [tir.loop(chains, all_tiles, name="chain"), tiling.each(finish)]
         return tir.block(tir.sequence(body), [sums], "chunk")
 
-    def _chain(self, registers: RegisterTile, image: Image, part: _Part, spot: Place, chain: Any) -> Any:
-        """Return the loops that add one chain of products to a tile."""
+    def _chain(self, registers: RegisterTile, image: Image, part: _Part, offsets: Sequence[Any], chain: Any) -> Any:
+        """Return the loops that add one chain of products to a tile, whose pixels lie at some offsets of a plane."""
         length, total = self.plan.chain, self.blocks
-        start = ((part.image * self.groups + part.group) * total) * image.plane + image.pixel(*spot)
+        start = ((part.image * self.groups + part.group) * total) * image.plane
 
         def step(block: Any, down: Any, right: Any, channel: Any) -> Any:
             base = start + block * image.plane + image.tap(down, right) + channel
             tap = (down, right, channel)
             products = registers.step(
-                lambda pixel: image.buffer[base + image.pixel(0, pixel)],
+                lambda pixel: image.buffer[base + offsets[pixel]],
                 lambda output: tir.at(self.weight, part.group, part.panel, block, *tap, output),
             )
             # What this tile reads now, the tiles of the next chain read next: it comes from memory meanwhile.
@@ -221,3 +220,7 @@ class _Builder:
 
     def _element(self, outer: tuple[Any, ...], first: int, value: Callable[[Any], Any], lane: Any) -> Any:
         return self.tail.at((*outer, lane), value(first + lane))
+
+
+def _moved(origin: Place, place: Place) -> Place:
+    return origin[0] + place[0], origin[1] + place[1]
