@@ -13,8 +13,8 @@ from cnncc.targets.llvm.rules import (
     WindowPlan,
     depthwise_plan,
     direct_plan,
-    least_chunk,
     register_tiles,
+    tiling_of,
 )
 from cnncc.targets.llvm.winograd_rules import applies, direct_cycles, predicted_plans
 from cnncc_runtime.errors import DataRefused
@@ -81,12 +81,7 @@ def _direct(shape: ConvShape, machine: Machine) -> Iterator[DirectPlan]:
     tiles = [tile for cost, tile in order if cost <= _DEARER * ranked[0][0] and tile != (rule.columns, rule.panel)]
     for tile in list(dict.fromkeys(tiles))[:_TILES]:
         yield direct_plan(shape, machine, tile)
-    step = least_chunk(shape, rule.columns)
-    chunks = (
-        max(step, rule.chunk // 2 // step * step),
-        rule.chunk * 2,
-        shape.pixels if shape.flat else shape.output[0],
-    )
+    chunks = (max(1, rule.chunk // 2), rule.chunk * 2, tiling_of(shape, rule.columns, machine).count)
     changed = [replace(rule, chunk=chunk) for chunk in chunks]
     changed += [replace(rule, chain=max(1, rule.chain // 2)), replace(rule, chain=1)]
     for plan in changed:

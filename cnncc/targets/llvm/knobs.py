@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan, least_chunk, longest_chain, widest_tile
+from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan, longest_chain, tiling_of, widest_tile
 from cnncc.targets.llvm.winograd_rules import WinogradPlan, applies, tiles_of
 from cnncc.targets.llvm.winograd_rules import longest_chain as longest_winograd_chain
 from cnncc_runtime.errors import DataRefused
@@ -57,12 +57,11 @@ def decode_direct(numbers: Sequence[int], shape: ConvShape, machine: Machine) ->
     """
     if len(numbers) == 5:
         plan = DirectPlan.of_numbers(numbers)
-        span = shape.pixels if shape.flat else shape.output[0]
         if (
             1 <= plan.columns <= widest_tile(shape, machine)
             and _panel_fits(plan.columns, plan.panel, shape, machine)
             and 1 <= plan.chain <= longest_chain(shape, machine)
-            and least_chunk(shape, plan.columns) <= plan.chunk <= span
+            and 1 <= plan.chunk <= tiling_of(shape, plan.columns, machine).count
         ):
             return plan
     raise _refusal(DIRECT, numbers)

@@ -24,7 +24,7 @@ _L2_LANES = 2
 """Bytes a cycle that one core reads from L2 into a kernel that also computes, for each lane of a vector."""
 _FROM_L2, _BEYOND_L2 = 16, 8
 """Bytes a cycle that one core reads in a stream, while it computes."""
-_CHAIN = 256
+_CHAIN = 160
 """Multiply-adds that follow each other in one register."""
 
 
@@ -100,7 +100,7 @@ class DirectPlan:
         columns: Output columns of the register tile; the last tile of a row overlaps the one before.
         panel: Blocks of output channels of the register tile; weights are packed by panels.
         chain: Blocks of input channels that one register tile adds up before it joins the sums.
-        chunk: Output rows (of pixels, where the shape is flat) that one task computes.
+        chunk: Register tiles that one task computes.
         shared: Whether cores share the tasks.
         measured: Whether they come from a measurement.
     """
@@ -122,6 +122,47 @@ class DirectPlan:
         """Return the plan with knobs as `numbers` lists them."""
         columns, panel, chain, chunk, shared = numbers
         return DirectPlan(columns, panel, chain, chunk, bool(shared))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Register tiles of one size, one after the other. One that would reach beyond the pixels overlaps the one before.
+
+    Attributes:
+        rows: Of the image.
+        wide: Pixels of a row.
+        columns: Pixels of a tile.
+        joined: Whether a tile may begin in one row and end in the next, so that only the last tile overlaps; otherwise
+            the last of every row does.
+    """
+
+    rows: int
+    wide: int
+    columns: int
+    joined: bool
+
+    @staticmethod
+    def of(rows: int, wide: int, columns: int, *, pointers: int) -> Tiling:
+        """Return the tiling of an image.
+
+        Args:
+            rows: Of the image.
+            wide: Pixels of a row.
+            columns: Pixels of a tile; narrower where rows are, and tiles cannot be joined.
+            pointers: Pixels of a tile that may have addresses of their own, as joined ones need.
+        """
+        joined = rows > 1 and wide % columns > 0 and columns <= pointers
+        return Tiling(rows, wide, columns if joined else min(columns, wide), joined)
+
+    @property
+    def across(self) -> int:
+        """Tiles of a row, where they are not joined."""
+        return -(-self.wide // self.columns)
+
+    @property
+    def count(self) -> int:
+        """All tiles."""
+        return -(-self.rows * self.wide // self.columns) if self.joined else self.rows * self.across
 
 
 def direct_plan(shape: ConvShape, machine: Machine, tile: tuple[int, int] | None = None) -> DirectPlan:
@@ -161,7 +202,7 @@ def register_tiles(shape: ConvShape, machine: Machine) -> Iterator[tuple[float, 
         for columns in range(1, most_pixels(held, machine) + 1):
             if columns <= widest_tile(shape, machine):
                 step = _step(columns, held, chain, machine)
-                yield _tiles(shape, columns, machine) * step * -(-blocks // panel), (columns, panel)
+                yield tiling_of(shape, columns, machine).count * step * -(-blocks // panel), (columns, panel)
 
 
 def widest_tile(shape: ConvShape, machine: Machine) -> int:
@@ -169,21 +210,15 @@ def widest_tile(shape: ConvShape, machine: Machine) -> int:
     return shape.pixels if shape.flat else max(shape.output[1], min(machine.pointers, shape.pixels))
 
 
-def least_chunk(shape: ConvShape, columns: int) -> int:
-    """Return how many rows (pixels, where the shape is flat) hold a register tile."""
-    return columns if shape.flat else -(-columns // shape.output[1])
-
-
 def most_pixels(vectors: int, machine: Machine) -> int:
     """Return how many pixels a register tile of some vectors of channels may have."""
     return min((machine.registers - machine.spare - vectors) // vectors, machine.broadcasts)
 
 
-def _tiles(shape: ConvShape, columns: int, machine: Machine) -> int:
-    """Return how many register tiles cover the image; see `schedule.tiling`."""
-    if shape.flat or columns <= machine.pointers:
-        return -(-shape.pixels // columns)
-    return shape.output[0] * -(-shape.output[1] // columns)
+def tiling_of(shape: ConvShape, columns: int, machine: Machine) -> Tiling:
+    """Return how register tiles of so many pixels cover the output."""
+    rows, wide = (1, shape.pixels) if shape.flat else shape.output
+    return Tiling.of(rows, wide, columns, pointers=machine.pointers)
 
 
 def _step(pixels: int, vectors: int, chain: int, machine: Machine) -> float:
@@ -214,35 +249,30 @@ def longest_chain(shape: ConvShape, machine: Machine) -> int:
 
 
 def _chunk(shape: ConvShape, tile: tuple[int, int], machine: Machine) -> int:
-    """Return how many output rows a task computes.
+    """Return how many register tiles a task computes.
 
     Its input should stay in half of L2 while all panels pass over it, and its sums in a quarter; there must be enough
-    tasks for the cores, and little may be computed twice: tasks are of one size, the last ones overlap. Every task
-    reads its panel's weights again.
+    tasks for the cores. Every task reads its panel's weights again.
     """
     columns, panel = tile
-    if shape.flat:
-        step, extent, pixels, reads = columns, shape.pixels, 1, 1
-    else:
-        step, (extent, pixels) = least_chunk(shape, columns), shape.output
-        reads = (shape.image[1] + shape.padding[1] + shape.padding[3]) * shape.stride[0]
+    tiles = tiling_of(shape, columns, machine).count
     panels = -(-blocks_of(shape.outputs, machine.block) // panel)
     weights = shape.groups * shape.inputs * shape.outputs * shape.taps * 4
     a_cycle = _FROM_L2 if weights <= machine.l2 // 2 else _BEYOND_L2
     streamed = weights / a_cycle / (shape.macs / shape.batch / (2 * machine.lanes))
-    best, best_cost = extent, float("inf")
-    for size in [*range(step, extent, step if shape.flat else 1), extent]:
-        inside = shape.inputs * reads * size * 4 <= machine.l2 // 2
-        sums = size * pixels * panel * machine.block * 4 <= machine.l2 // 4
-        if size > step and not (inside and sums):
-            break
-        chunks = -(-extent // size)
-        tasks = shape.batch * shape.groups * panels * chunks
+    reads = shape.inputs * columns * 4 * (1 if shape.flat else shape.stride[0] * shape.stride[1])
+    sums = columns * panel * machine.block * 4
+    most = max(1, min(machine.l2 // 2 // reads, machine.l2 // 4 // sums, tiles))
+    best, best_cost = most, float("inf")
+    for chunks in range(-(-tiles // most), tiles + 1):
+        size = -(-tiles // chunks)
+        tasks = shape.batch * shape.groups * panels * -(-tiles // size)
         uneven = -(-tasks // machine.cores) * machine.cores / tasks
-        twice = chunks * size / extent
-        cost = uneven * twice * (1 + 0.5 * chunks * streamed)
+        cost = uneven * (1 + 0.5 * chunks * streamed)
         if cost < best_cost * 0.999:
             best, best_cost = size, cost
+        if cost > 2 * best_cost:
+            break
     return best
 
 

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.rules import DirectPlan
+from cnncc.targets.llvm.rules import DirectPlan, Tiling
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
 from cnncc.targets.llvm.schedule.padded import Image, Sliding
 from cnncc.targets.llvm.schedule.register_tile import RegisterTile
-from cnncc.targets.llvm.schedule.tiling import Place, Tiling
+from cnncc.targets.llvm.schedule.tiling import place_of
 
 CONV2D = "conv2d"
 _OPERANDS = 2
 _LINE = 16
 """Elements of a cache line."""
 
-Take = Callable[[RegisterTile, Any, Callable[[Any], Place]], list[Any]]
-"""Registers and number of a tile, and pixel of the tile → its place in the output; returns the statements that take
-its sums."""
+Take = Callable[[RegisterTile, Any], list[Any]]
+"""Registers of a tile and its number in the task → the statements that take its sums."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,21 @@ class _Part:
     panel: Any
 
 
+@dataclass(frozen=True)
+class _Run:
+    """The register tiles of one task.
+
+    Attributes:
+        first: Number of the first.
+        count: How many; an expression, where the last task has fewer.
+        most: How many at most.
+    """
+
+    first: Any
+    count: Any
+    most: int
+
+
 class _Builder:
     """Writes one convolution's loops."""
 
@@ -67,13 +81,8 @@ class _Builder:
         joined = anchor.tail.flat() if flat else None
         self.tail, self.aliases = joined or (anchor.tail, {})
         self.flat = joined is not None
-        self.extent = (1, high * wide) if self.flat else (high, wide)
-        self.pointers = machine.pointers
-        if flat and not self.flat:  # the plan counts pixels of one long row
-            self.plan = replace(self.plan, chunk=max(1, self.plan.chunk // wide))
-        if not self.flat:
-            columns = self.plan.columns if self.plan.columns <= machine.pointers else min(self.plan.columns, wide)
-            self.plan = replace(self.plan, columns=columns, chunk=max(self.plan.chunk, -(-columns // wide)))
+        rows, columns = (1, high * wide) if self.flat else (high, wide)
+        self.tiling = Tiling.of(rows, columns, self.plan.columns, pointers=machine.pointers)
 
     def function(self, like: Any) -> Any:
         """Return the kernel."""
@@ -88,85 +97,81 @@ class _Builder:
 
     def _tasks(self, image: Image) -> Any:
         """Return the loop that cores share. Panels run fastest: their part of the image stays in L2."""
-        span = self.extent[1] if self.flat else self.extent[0]
-        chunk = min(self.plan.chunk, span)
-        chunks = -(-span // chunk)
+        tiles = self.tiling.count
+        chunk = min(self.plan.chunk, tiles)
+        chunks = -(-tiles // chunk)
 
         def task(number: Any) -> Any:
             panel, rest = number % self.panels, number // self.panels
             first, rest = rest % chunks * chunk, rest // chunks
-            if span % chunk:  # the last one overlaps: all tasks run the same code
-                first = tirx.min(first, tir.index(span - chunk))
-            return self._chunk(image, _Part(rest // self.groups, rest % self.groups, panel), first, chunk)
+            last: Any = chunk if tiles % chunk == 0 else tirx.min(tir.index(chunk), tiles - first)
+            return self._chunk(image, _Part(rest // self.groups, rest % self.groups, panel), _Run(first, last, chunk))
 
         tasks = self.batch * self.groups * chunks * self.panels
         return tir.parallel(tasks, task) if self.plan.shared else tir.loop(tasks, task)
 
-    def _chunk(self, image: Image, part: _Part, first: Any, size: int) -> Any:
-        """Return the work of one task: some rows (pixels, where flat) of one panel."""
-        high, wide = (1, size) if self.flat else (size, self.extent[1])
-        origin = (tir.index(0), first) if self.flat else (first, tir.index(0))
-        joined = wide % self.plan.columns > 0 and self.plan.columns <= self.pointers and high > 1
-        tiling = Tiling(high, wide, self.plan.columns, joined)
+    def _chunk(self, image: Image, part: _Part, run: _Run) -> Any:
+        """Return the work of one task."""
         chains = -(-self.blocks // self.plan.chain)
         if chains > 1 or expensive(self.tail.value):
-            return self._through_sums(image, part, origin, tiling, chains)
+            return self._through_sums(image, part, run, chains)
 
-        def take(registers: RegisterTile, _slot: Any, place: Callable[[Any], Place]) -> list[Any]:
+        def take(registers: RegisterTile, number: Any) -> list[Any]:
             stores = []
             for pixel, held in enumerate(registers.buffers):
-                stores += self._store(part, _moved(origin, place(pixel)), held.__getitem__)
+                stores += self._store(part, place_of(self.tiling, run.first + number, pixel), held.__getitem__)
             return stores
 
-        return self._tiles(image, part, origin, tiling, tir.index(0), take)
+        return self._tiles(image, part, run, tir.index(0), take)
 
-    def _tiles(self, image: Image, part: _Part, origin: Place, tiling: Tiling, chain: Any, take: Take) -> Any:
-        """Return the loops over the register tiles of a rectangle of pixels."""
+    def _tiles(self, image: Image, part: _Part, run: _Run, chain: Any, take: Take) -> Any:
+        """Return the loop over the register tiles of a task."""
+        pixels = range(self.tiling.columns)
 
-        def tile(number: Any, place: Callable[[Any], Place]) -> Any:
-            registers = RegisterTile(self.plan.columns, self.width, self.block)
-            spot = image.pixel(*_moved(origin, place(0)))
-            offsets = [spot + image.pixel(0, pixel) for pixel in range(self.plan.columns)]
+        def tile(number: Any) -> Any:
+            registers = RegisterTile(self.tiling.columns, self.width, self.block)
+            spot = image.pixel(*place_of(self.tiling, run.first + number, 0))
+            offsets = [spot + image.pixel(0, pixel) for pixel in pixels]
             held, buffers = [], list(registers.buffers)
-            if tiling.joined:  # the pixels do not lie at constant distances: each address is computed once
-                kept = tir.buffer([self.plan.columns], "offsets", "int32", "local")
-                places = [image.pixel(*_moved(origin, place(pixel))) for pixel in range(self.plan.columns)]
+            if self.tiling.joined:  # the pixels do not lie at constant distances: each address is computed once
+                kept = tir.buffer([len(pixels)], "offsets", "int32", "local")
+                places = [image.pixel(*place_of(self.tiling, run.first + number, pixel)) for pixel in pixels]
                 held = [tir.store(kept, [n], where.astype("int32")) for n, where in enumerate(places)]
-                offsets = [kept[n] for n in range(self.plan.columns)]
+                offsets = [kept[n] for n in pixels]
                 buffers.append(kept)
             steps = self._chain(registers, image, part, offsets, chain)
-            body = [*held, *registers.clear(), steps, *take(registers, number, place)]
+            body = [*held, *registers.clear(), steps, *take(registers, number)]
             return tir.block(tir.sequence(body), buffers, "tile")
 
-        return tiling.each(tile)
+        return tir.loop(run.count, tile, name="tile")
 
-    def _through_sums(self, image: Image, part: _Part, origin: Place, tiling: Tiling, chains: int) -> Any:
+    def _through_sums(self, image: Image, part: _Part, run: _Run, chains: int) -> Any:
         """Return the work of one task whose sums wait in memory: for their next chain, or for a costly epilogue."""
-        sums = tir.buffer([tiling.count, self.plan.columns, self.width], "sums")
+        sums = tir.buffer([run.most, self.tiling.columns, self.width], "sums")
 
-        def finish(number: Any, place: Callable[[Any], Place]) -> Any:
+        def finish(number: Any) -> Any:
             def pixel(index: Any) -> Any:
-                here = _moved(origin, place(index))
+                here = place_of(self.tiling, run.first + number, index)
                 return tir.sequence(self._store(part, here, lambda channel: tir.at(sums, number, index, channel)))
 
-            return tir.loop(self.plan.columns, pixel, name="pixel")
+            return tir.loop(self.tiling.columns, pixel, name="pixel")
 
         def all_tiles(chain: Any) -> Any:
-            def take(registers: RegisterTile, slot: Any, _place: Callable[[Any], Place]) -> list[Any]:
+            def take(registers: RegisterTile, number: Any) -> list[Any]:
                 def keep(pixel: int, channel: Any, value: Any) -> Any:
-                    return tir.store(sums, (slot, pixel, channel), value)
+                    return tir.store(sums, (number, pixel, channel), value)
 
                 def add(pixel: int, channel: Any, value: Any) -> Any:
-                    return keep(pixel, channel, sums[slot, pixel, channel] + value)
+                    return keep(pixel, channel, sums[number, pixel, channel] + value)
 
                 if chains == 1:
                     return registers.collect(keep)
                 first, next_one = (tir.sequence(registers.collect(put)) for put in (keep, add))
                 return [tirx.IfThenElse(chain == 0, first, next_one)]
 
-            return self._tiles(image, part, origin, tiling, chain, take)
+            return self._tiles(image, part, run, chain, take)
 
-        body = [tir.loop(chains, all_tiles, name="chain"), tiling.each(finish)]
+        body = [tir.loop(chains, all_tiles, name="chain"), tir.loop(run.count, finish, name="finish")]
         return tir.block(tir.sequence(body), [sums], "chunk")
 
     def _chain(self, registers: RegisterTile, image: Image, part: _Part, offsets: Sequence[Any], chain: Any) -> Any:
@@ -206,7 +211,7 @@ class _Builder:
             count = tirx.min(tir.index(length), total - chain * length)
         return tir.loop(count, taps, name="kb")
 
-    def _store(self, part: _Part, here: Place, value: Callable[[Any], Any]) -> list[Any]:
+    def _store(self, part: _Part, here: tuple[Any, Any], value: Callable[[Any], Any]) -> list[Any]:
         """Return the stores of one pixel's channels, with the epilogue."""
         point = (here[1],) if self.flat else here
         ragged = self.outputs % self.plan.panel
@@ -220,7 +225,3 @@ class _Builder:
 
     def _element(self, outer: tuple[Any, ...], first: int, value: Callable[[Any], Any], lane: Any) -> Any:
         return self.tail.at((*outer, lane), value(first + lane))
-
-
-def _moved(origin: Place, place: Place) -> Place:
-    return origin[0] + place[0], origin[1] + place[1]
