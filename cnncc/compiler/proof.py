@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
 from cnncc.calibration.data import load_data
@@ -12,14 +14,16 @@ from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.parity import ParityReport
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.verify import Executor, Run, verify_bundle
+from cnncc.graph.names import module_path
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.targets.base import BuildOptions, Profile
+from cnncc.targets.base import BuildOptions, KernelOptions, Profile
 from cnncc_runtime.bundle import (
     MANIFEST,
     PARITY,
     REFERENCE,
     Bundle,
     EngineRecord,
+    LayerRecord,
     Manifest,
     TargetRecord,
     read_bundle,
@@ -31,6 +35,9 @@ from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import StorageFailed, UsageError
 from cnncc_runtime.files import atomic_folder, scratch_folder
 from cnncc_runtime.session import engine_mismatch
+
+_WINOGRAD = "winograd"
+"""What the schedule of a layer begins with that uses Winograd's method."""
 
 
 def prove_bundle(
@@ -109,7 +116,10 @@ def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Repo
         path = folder / "layers.onnx"
         path.write_bytes(graph.serialized)
         options = BuildOptions(
-            _profile(bundle.manifest.target, host_cpu().cores), bundle.manifest.batches, progress=reporter.progress
+            _profile(bundle.manifest.target, host_cpu().cores),
+            bundle.manifest.batches,
+            kernels=kernels_of(bundle.manifest.layers, graph),
+            progress=reporter.progress,
         )
         engine = build_apart(bundle.manifest.target.name, path, options, folder)
         trial = folder / "layers.cnncc"
@@ -119,6 +129,13 @@ def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Repo
         return stack.enter_context(EngineProcess(trial)).run
 
     return build
+
+
+def kernels_of(layers: Sequence[LayerRecord], graph: OnnxGraph) -> KernelOptions:
+    """Return options by which a graph's convolutions are computed by the methods that a bundle's are."""
+    winograd = {module for layer in layers if layer.schedule.startswith(_WINOGRAD) for module in layer.modules}
+    modules = {module_path(node) for node in graph.nodes if node.op_type == "Conv"}
+    return KernelOptions(bool(winograd & modules), tuple(sorted(escape(module) for module in modules - winograd)))
 
 
 def _profile(target: TargetRecord, cores: int) -> Profile:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from cnncc.compiler.bench.subjects import peers
-from cnncc_runtime.bundle import read_bundle
+from cnncc.compiler.proof import kernels_of
+from cnncc.graph.reader import load_trusted
+from cnncc.targets.base import KernelOptions
+from cnncc_runtime.bundle import REFERENCE, read_bundle
 from tests.cli.conftest import WriteModule
 from tests.cli.harness import call
 
@@ -38,20 +41,22 @@ def kernels(bundle: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "first", "second"),
+    ("flags", "first", "second", "again"),
     [
-        ((), "winograd", "winograd"),
-        (("--no-winograd",), "conv2d", "conv2d"),
-        (("--direct", "body.0"), "conv2d", "winograd"),
-        (("--direct", "body.*"), "conv2d", "conv2d"),
+        ((), "winograd", "winograd", KernelOptions(True, ("first",))),
+        (("--no-winograd",), "conv2d", "conv2d", KernelOptions(False, ("body.0", "body.2", "first"))),
+        (("--direct", "body.0"), "conv2d", "winograd", KernelOptions(True, ("body.0", "first"))),
+        (("--direct", "body.*"), "conv2d", "conv2d", KernelOptions(False, ("body.0", "body.2", "first"))),
     ],
 )
-def test_winograd_is_used_where_it_may_be(
-    flags: tuple[str, ...], first: str, second: str, write_module: WriteModule, tmp_path: Path
+def test_winograd_is_used_where_it_may_be_and_so_it_is_when_layers_are_verified(
+    flags: tuple[str, ...], first: str, second: str, again: KernelOptions, write_module: WriteModule, tmp_path: Path
 ) -> None:
     model, bundle = write_module(MODEL), tmp_path / "net.cnncc"
     call("compile", f"{model}:build", "--input-shape", "1,3,64,64", "-o", bundle, *flags)
     assert kernels(bundle) == {"first": "conv2d", "body.0": first, "body.2": second}
+    made = read_bundle(bundle)
+    assert kernels_of(made.manifest.layers, load_trusted(made.file(REFERENCE))) == again
 
 
 def test_a_pattern_that_matches_no_module_is_refused(write_module: WriteModule, tmp_path: Path) -> None:
