@@ -199,6 +199,18 @@ def test_an_engine_that_needs_what_is_not_there_is_refused(bundle: Make) -> None
         cnncc_runtime.open(bundle("identity", *FOUR, engine=record))
 
 
+def test_an_engine_that_brings_no_threads_is_refused(bundle: Make) -> None:
+    with pytest.raises(BundleRefused, match="brings no threads") as caught:
+        cnncc_runtime.open(bundle("threadless", *FOUR))
+    assert caught.value.hint == "build the bundle again"
+
+
+def test_an_engine_from_before_engines_brought_threads_is_refused(bundle: Make) -> None:
+    record = EngineRecord(ENGINE, "tvm-vm", "tvm-ffi 0.1, tvm 0.27", {0: "main"})
+    with pytest.raises(EngineMismatch, match=r"built for: tvm-ffi 0\.1, tvm 0\.27, found: .*threads 1"):
+        cnncc_runtime.open(bundle(engine=record))
+
+
 def test_a_closed_session_says_so(bundle: Make) -> None:
     session = cnncc_runtime.open(bundle())
     session.close()
