@@ -74,15 +74,15 @@ def report(network: Network, threads: int, rounds: int) -> None:
         bundle = Path(folder) / "model.cnncc"
         compile(CompileRequest(network.request, resolve_profile("host"), bundle))
         found = {pool: _measure(pool, bundle, threads, rounds) for pool in (OWN, TVM)}
-    print(f"{'a loop of nothing':34}{'ours':>10}{'TVM’s':>10}")
+    print(f"{'a loop of nothing':40}{'ours':>10}{'TVM’s':>10}")
     for number in range(threads):
         label = f"  {number + 1} thread{'s' * (number > 0)}, µs"
-        print(f"{label:34}{found[OWN]['loops'][number]:>10.2f}{found[TVM]['loops'][number]:>10.2f}")
+        print(f"{label:40}{found[OWN]['loops'][number]:>10.2f}{found[TVM]['loops'][number]:>10.2f}")
     print(f"{network.name}, {threads} threads, median and worst of {rounds}")
     for label, name in (("alone", "alone"), ("in turn with ONNX Runtime", "beside")):
         for statistic, of in (("median", statistics.median), ("worst", max)):
             shown = "".join(f"{of(found[pool][name]) * 1e3:>10.2f}" for pool in (OWN, TVM))
-            print(f"  {f'{label}, {statistic}, ms':32}{shown}")
+            print(f"  {f'{label}, {statistic}, ms':38}{shown}")
 
 
 def _measure(pool: str, bundle: Path, threads: int, rounds: int) -> dict[str, list[float]]:
