@@ -10,7 +10,7 @@ EXTRAS := dev$(shell command -v ld.lld ld cc >/dev/null || echo ',cross')
 EXECUTORCH := $(VENV)/executorch
 EXECUTORCH_PYTHON = $(if $(wildcard $(EXECUTORCH)/bin/python),CNNCC_BENCH_PYTHON_EXECUTORCH=$(abspath $(EXECUTORCH)/bin/python))
 
-.PHONY: help setup demo test lint check bench executorch zoo clean
+.PHONY: help setup demo test lint check bench executorch threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
 	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
 	@echo 'make executorch   an environment for one more peer'
+	@echo 'make threads   pool.ll of pool.c, where the latter was changed'
 	@echo 'make zoo     every architecture, light and heavy'
 	@echo 'make clean   remove .venv and build outputs'
 
@@ -60,6 +61,12 @@ $(VENV)/.peers: pyproject.toml | setup
 executorch: setup
 	$(PYTHON) -m venv $(EXECUTORCH)
 	$(EXECUTORCH)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 executorch==1.5.1 msgspec numpy
+
+# clang comes with the linker of the extra `cross`, into an environment of its own
+threads: setup
+	$(PYTHON) -m venv build/clang
+	build/clang/bin/pip install --quiet --disable-pip-version-check ziglang==0.17.1
+	$(BIN)/python -m cnncc.targets.llvm.threads.generate build/clang/bin/python
 
 zoo: setup
 	$(BIN)/pytest -m 'zoo or slow' tests/zoo

@@ -32,19 +32,19 @@ def main() -> None:
     request = json.load(sys.stdin)
     sink = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not belong into the answer
-    os.environ |= {"TVM_BIND_THREADS": "0", "TVM_NUM_THREADS": str(request["threads"])}
     import tvm
 
     import cnncc_runtime
+    from cnncc.targets.llvm.loading import load_library
     from cnncc_runtime.bundle import read_bundle
-    from cnncc_runtime.tvm_runtime import load
-    from cnncc_runtime.tvm_threads import set_width
+    from cnncc_runtime.engine_threads import Pool
 
-    set_width(load(), request["threads"])
     bundle = read_bundle(Path(request["bundle"]))
     with tempfile.TemporaryDirectory() as folder, cnncc_runtime.open(bundle, threads=request["threads"]) as session:
         copy = shutil.copy(bundle.file(bundle.manifest.engine.file), folder)  # a library apart from the session's
-        [library] = tvm.runtime.load_module(str(copy)).imports
+        loaded = load_library(Path(copy))
+        [library] = loaded.module.imports
+        pool = Pool(loaded.launcher, request["threads"])
         kernels = {
             name: (library, name, [tvm.runtime.tensor(_values(*parameter)) for parameter in parameters])
             for name, parameters in request["kernels"].items()
@@ -59,7 +59,8 @@ def main() -> None:
         for _ in range(request["rounds"]):
             network = min(network, _network(lambda: session.run(feeds)))
             for name, kernel in kernels.items():
-                best[name] = min(best[name], _kernel(*kernel))
+                with pool:
+                    best[name] = min(best[name], _kernel(*kernel))
     json.dump({"kernels": best, "network": network}, sink)
     sink.flush()
     os._exit(0)  # TVM's libraries need not be unloaded one by one

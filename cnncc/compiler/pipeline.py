@@ -599,7 +599,7 @@ def _versions(*packages: str) -> dict[str, str]:
 def _own_digest() -> str:
     """Digest of cnncc's own source: a changed compiler must not reuse what another one made."""
     roots = [Path(module.__file__).parent for module in (cnncc, cnncc_runtime) if module.__file__]
-    files = sorted(path for root in roots for path in root.rglob("*.py"))
+    files = sorted(path for root in roots for path in root.rglob("*") if path.suffix in (".py", ".ll"))
     return digest_json([[path.name, digest_file(path)] for path in files])
 
 

@@ -1,4 +1,4 @@
-"""Finds and loads ``libtvm_runtime.so`` (3 MB: TVM's virtual machine and thread pool), never the compiler.
+"""Finds and loads ``libtvm_runtime.so`` (3 MB: TVM's virtual machine), never the compiler.
 
 Where it is looked for: ``CNNCC_TVM_RUNTIME`` (the file or its folder), ``cnncc_runtime/lib/``, an installed
 ``apache-tvm``, which is found without being imported. If the process holds a TVM runtime already, because the
@@ -17,14 +17,15 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cnncc_runtime import engine_threads
 from cnncc_runtime.errors import TargetUnavailable
 
-ABI = "tvm-ffi 0.1, tvm 0.27"
+ABI = f"tvm-ffi 0.1, tvm 0.27, threads {engine_threads.VERSION}"
 """What engines must have been built for: a virtual machine refuses another TVM release's byte code."""
 
 _FFI = "0.1."
@@ -32,11 +33,8 @@ _TVM = "0.27."
 
 VARIABLE = "CNNCC_TVM_RUNTIME"
 _NAME = "libtvm_runtime.so"
+_CLEAR_POOLS = "vm.builtin.memory_manager.clear"
 _INSTALL = f"pip install 'apache-tvm=={_TVM}*', or set {VARIABLE} to {_NAME}"
-
-# Tasks that an idle worker polls for before it sleeps; TVM's own 300000 keep a core busy for 0.1 to 0.3 s after
-# every run. Read once, when the process's first worker starts.
-_SPIN = "2000"
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,11 @@ class TvmRuntime:
     Attributes:
         load_library: ``(path, "so") -> Module``.
         from_dlpack: Array → tensor, without a copy.
-        config_threadpool: ``(affinity mode, threads, cores)``.
-        num_threads: Width of the calling thread's pool; makes one where there is none.
         clear_pools: Gives memory that no session uses back to the system.
     """
 
     load_library: Callable[[str, str], Any]
     from_dlpack: Callable[[Any], Any]
-    config_threadpool: Callable[[int, int, Sequence[str]], None]
-    num_threads: Callable[[], int]
     clear_pools: Callable[[], None]
 
 
@@ -93,23 +87,18 @@ _lock = threading.Lock()
 @functools.cache
 def _load() -> TvmRuntime:
     _check_ffi()
-    # before any pool exists: TVM would pin this thread and its workers to the machine's first cores
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _SPIN)
     try:
         with _without_torch():
             import tvm_ffi
     except (ImportError, OSError, RuntimeError) as exc:
         raise TargetUnavailable(f"apache-tvm-ffi cannot be loaded: {exc}", hint="pip install cnncc-runtime") from exc
-    if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
+    if tvm_ffi.get_global_func(_CLEAR_POOLS, allow_missing=True) is None:
         _load_library()
     try:
         return TvmRuntime(
             load_library=tvm_ffi.get_global_func("ffi.Module.load_from_file.so"),
             from_dlpack=tvm_ffi.from_dlpack,
-            config_threadpool=tvm_ffi.get_global_func("runtime.config_threadpool"),
-            num_threads=tvm_ffi.get_global_func("runtime.NumThreads"),
-            clear_pools=tvm_ffi.get_global_func("vm.builtin.memory_manager.clear"),
+            clear_pools=tvm_ffi.get_global_func(_CLEAR_POOLS),
         )
     except ValueError as exc:
         raise TargetUnavailable(f"{_NAME} is not of TVM {_TVM}*: {exc}", hint=_INSTALL) from exc

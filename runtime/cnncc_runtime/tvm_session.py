@@ -1,8 +1,8 @@
 """The ``tvm-vm`` session: runs an engine that TVM linked, with libtvm_runtime and no compiler.
 
-Forking is safe between runs: a session opened before ``os.fork`` works in the child (on a thread of its own, since
-the parent's workers stay behind), unless another thread was in the middle of a run. The engine's weights are shared
-by all sessions of the same engine in a process.
+Forking is safe between runs: a session opened before ``os.fork`` works in the child, which starts threads of its own,
+unless another thread was in the middle of a run. The engine's weights are shared by all sessions of the same engine
+in a process; its threads are not, so that sessions run side by side.
 
 The engine file and the file of weights, which is mapped into memory, must not be rewritten in place while they are
 loaded (no shared library may); `cnncc` replaces bundles whole, so that a loaded engine keeps the files it had.
@@ -30,10 +30,10 @@ from cnncc_runtime import tvm_runtime
 from cnncc_runtime.bundle import Bundle, EngineRecord
 from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.elf import Elf, parse_elf
+from cnncc_runtime.engine_threads import Launcher, Pool
 from cnncc_runtime.errors import BundleRefused, DataRefused, EngineMismatch, RunFailed
 from cnncc_runtime.session import engine_mismatch
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec, check_feeds
-from cnncc_runtime.tvm_threads import PoolThread, set_width
 from cnncc_runtime.weights import ALIGNMENT, map_weights
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ class TvmSession:
         self._inputs, self._outputs = manifest.inputs, manifest.outputs
         self._batches, self._threads = manifest.batches, threads
         self._lock = threading.Lock()
-        self._pool: PoolThread | None = None
         self._closed = False
         self._engine: _Engine | None = _shared_engine(self._runtime, bundle, engine)
         self._entries = self._start(self._engine, manifest.engine)
+        self._pool = Pool(self._engine.launcher, threads)
         _sessions.add(self)
 
     def _start(self, engine: _Engine, record: EngineRecord) -> dict[int, _Entry]:
@@ -129,19 +129,12 @@ class TvmSession:
         batch = self._admit(feeds)
         with self._lock:
             self._check_open()
-            if self._pool is None and set_width(self._runtime, self._threads):
+            with self._pool:
                 return self._call(batch, feeds)
-            if self._pool is None:
-                self._pool = PoolThread("cnncc-engine")
-            return self._pool.call(lambda: self._call_here(batch, feeds))
 
     def _check_open(self) -> None:
         if self._closed:
             raise RunFailed("the session is closed", hint="open the bundle again")
-
-    def _call_here(self, batch: int, feeds: Feeds) -> Tensors:
-        set_width(self._runtime, self._threads)
-        return self._call(batch, feeds)
 
     def _call(self, batch: int, feeds: Feeds) -> Tensors:
         entry = self._entries[batch]
@@ -182,9 +175,8 @@ class TvmSession:
             if self._closed:
                 return
             self._closed = True
-            if self._pool is not None:
-                self._pool.close()
-            self._pool, self._entries, self._engine = None, {}, None
+            self._pool.close()
+            self._entries, self._engine = {}, None
         _sessions.discard(self)
         self._runtime.clear_pools()
         _trim()
@@ -203,7 +195,6 @@ class TvmSession:
         if self._lock.locked():  # by a thread that does not exist here: the virtual machine is mid-run for ever
             self._closed = True  # its memory stays
         self._lock = threading.Lock()
-        self._pool = None
 
 
 _sessions: weakref.WeakSet[TvmSession] = weakref.WeakSet()
@@ -290,6 +281,7 @@ class _Engine:
     """A loaded engine file and its mapped weights; sessions of the same engine share them."""
 
     module: Any
+    launcher: Launcher
     weights: tuple[Any, ...]
 
 
@@ -308,13 +300,19 @@ def _shared_engine(runtime: tvm_runtime.TvmRuntime, bundle: Bundle, file: Binary
             engine = _engines.get(key)
             if engine is None:
                 arrays = map_weights(weights, record) if weights and record else ()
-                engine = _engines[key] = _Engine(_module(runtime, file), tuple(map(runtime.from_dlpack, arrays)))
+                engine = _engines[key] = _Engine(*_module(runtime, file), tuple(map(runtime.from_dlpack, arrays)))
             return engine
 
 
-def _module(runtime: tvm_runtime.TvmRuntime, file: BinaryIO) -> Any:
+def _module(runtime: tvm_runtime.TvmRuntime, file: BinaryIO) -> tuple[Any, Launcher]:
+    path = _loadable(file)
     try:
-        return runtime.load_library(_loadable(file), "so")
+        module = runtime.load_library(path, "so")
+        return module, Launcher(path, module)
+    except AttributeError as exc:
+        raise BundleRefused(
+            f"the engine brings no threads: {exc}", where=[file.name], hint="build the bundle again"
+        ) from exc
     except Exception as exc:  # whatever TVM raises: there is no other boundary
         raise BundleRefused(
             f"the engine cannot be loaded: {first_line(exc)}", where=[file.name], hint="build the bundle again"

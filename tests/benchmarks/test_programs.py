@@ -65,6 +65,14 @@ def test_kernels_prints_every_kernel_and_their_sum() -> None:
 
 
 @pytest.mark.slow
+def test_threads_prints_the_cost_of_a_loop_and_of_a_neighbour() -> None:
+    result = run("threads.py", "digits", "--threads", "2", "--rounds", "3")
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^  [12] threads?, µs +[\d.]+ +[\d.]+$", result.stdout, re.M)) == 2
+    assert len(re.findall(r"^  .*, (?:median|worst), ms +[\d.]+ +[\d.]+$", result.stdout, re.M)) == 4
+
+
+@pytest.mark.slow
 def test_the_peak_is_more_than_a_scalar_unit_gives() -> None:
     result = run("peak.py", "--json")
     assert result.returncode == 0, result.stderr

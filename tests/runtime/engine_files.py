@@ -1,10 +1,9 @@
-"""Small engines for the tests of the runtime, built with TVM alone: what is tested here must not need our compiler."""
+"""Small engines for the tests of the runtime: TVM's own kernels, with our code generation and threads."""
 
 from __future__ import annotations
 
 import functools
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -63,22 +62,25 @@ def make_bundle(folder: Path, described: Manifest, engine: bytes | Path, weights
     return folder
 
 
-def build(module: Any, path: Path) -> Path:
-    """Build a Relax module for this machine's baseline."""
+def build(module: Any, path: Path, *, threads: bool = True) -> Path:
+    """Build a Relax module for this machine's baseline; without ``threads``, as TVM alone would."""
+    import tempfile
+
     import tvm
     from tvm import relax
+
+    from cnncc.targets.llvm.codegen import write_objects
+    from cnncc.targets.llvm.link import find_linker, link
 
     machine = host_machine()
     target = tvm.target.Target({"kind": "llvm", "mtriple": TRIPLES[machine], "num-cores": 2, "opt-level": 3})
     with target:
-        module = relax.get_pipeline("zero")(module)
-
-    def linked(output: str, objects: list[str], **_: Any) -> None:
-        linker = next(found for tool in ("ld.lld", "ld", "cc") if (found := shutil.which(tool)))
-        subprocess.run([linker, "-shared", "-o", output, *objects], check=True)
-
-    linked.get_target_triple = lambda: TRIPLES[machine]  # type: ignore[attr-defined]
-    tvm.compile(module, target=target).export_library(str(path), fcompile=linked)
+        module = relax.get_pipeline("default_build")(relax.get_pipeline("zero")(module))
+    with tempfile.TemporaryDirectory() as folder:
+        objects = write_objects(module, target, Path(folder))
+        made = Path(folder) / path.name
+        link(find_linker(machine, machine), machine, objects if threads else objects[:-1], made)
+        shutil.move(made, path)
     return path
 
 
@@ -125,7 +127,14 @@ def conv(path: Path, batches: Sequence[int] = ()) -> Path:
     return build(module, path)
 
 
-def relax_engine(path: Path, shapes: Sequence[Sequence[int]], body: Callable[..., Any], dtype: str = "float32") -> Path:
+def relax_engine(
+    path: Path,
+    shapes: Sequence[Sequence[int]],
+    body: Callable[..., Any],
+    dtype: str = "float32",
+    *,
+    threads: bool = True,
+) -> Path:
     """An engine whose ``main`` takes ``shapes`` and returns what ``body(builder, *inputs)`` makes."""
     from tvm import relax
 
@@ -135,7 +144,7 @@ def relax_engine(path: Path, shapes: Sequence[Sequence[int]], body: Callable[...
         with builder.dataflow():
             made = builder.emit_output(body(builder, *inputs))
         builder.emit_func_output(made)
-    return build(builder.finalize(), path)
+    return build(builder.finalize(), path, threads=threads)
 
 
 def heavy(path: Path, rows: int = 512, rounds: int = 64) -> Path:
@@ -220,6 +229,7 @@ def odd(folder: Path) -> None:
     for dtype in DTYPES:
         relax_engine(folder / f"same-{dtype}.so", [(2, 3)], lambda builder, x: builder.emit(relax.op.flip(x, 0)), dtype)
     relax_engine(folder / "absent.so", [(4,)], absent)
+    relax_engine(folder / "threadless.so", [(4,)], lambda _, x: x, threads=False)
 
 
 def main(folder: Path) -> None:

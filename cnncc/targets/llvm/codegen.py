@@ -10,6 +10,8 @@ from tvm import relax, s_tir, tirx
 from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 
 from cnncc.targets.llvm.stack import keep_on_stack
+from cnncc.targets.llvm.threads.pool import write_object
+from cnncc.targets.llvm.threads.regions import announce_regions
 
 _PIPELINE = "cnncc"
 
@@ -48,6 +50,7 @@ def kernel_passes() -> list[tuple[str, Any]]:
         ("packed-calls", tirx.transform.MakePackedAPI()),
         ("store-fp8", tirx.transform.FP8StorageLegalize()),
         ("store-bf16", tirx.transform.BF16StorageLegalize()),
+        ("announce-regions", announce_regions()),
     ]
 
 
@@ -65,31 +68,22 @@ def write_objects(module: Any, target: Any, folder: Path) -> list[Path]:
         folder: Where the objects go.
 
     Returns:
-        The object files, in the order in which they must be linked.
+        The object files, in the order in which they must be linked; the last are the engine's threads.
     """
     tirx.register_tir_pipeline(_PIPELINE, _pipeline)
-    executable = relax.build(module, target=target, relax_pipeline=None, tir_pipeline=_PIPELINE)
-    objects: list[Path] = []
-
-    def collect(_output: str, files: list[str], **_options: Any) -> None:
-        objects.extend(Path(file) for file in files)
-
-    collect.object_format = "o"  # type: ignore[attr-defined]
-    # Without a kernel (a graph that only reshapes) there is no object to take the triple from, and TVM would write C.
-    collect.get_target_triple = lambda: str(target.attrs["mtriple"])  # type: ignore[attr-defined]
-    executable.export_library(str(folder / "engine.so"), fcompile=collect, workspace_dir=str(folder))
-    return objects
+    return _exported(relax.build(module, target=target, relax_pipeline=None, tir_pipeline=_PIPELINE), target, folder)
 
 
-def build_kernels(module: Any, target: Any) -> tuple[dict[str, Any], Any]:
-    """Compile the kernels of a module into this process, as `write_objects` would compile them.
+def write_kernels(module: Any, target: Any, folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Generate machine code for the kernels of a module alone, as `write_objects` would.
 
     Args:
         module: Scheduled kernels; Relax functions beside them are left out.
-        target: TVM's target; this machine can run its code.
+        target: TVM's target.
+        folder: Where the objects go.
 
     Returns:
-        Kernel → its function before code generation, and the library that holds them all.
+        Kernel → its function before code generation, and the object files.
     """
     tirx.register_tir_pipeline(_PIPELINE, _pipeline)
     module = relax.transform.AttachGlobalSymbol()(module)
@@ -98,4 +92,18 @@ def build_kernels(module: Any, target: Any) -> tuple[dict[str, Any], Any]:
         for var, function in module.functions_items()
         if isinstance(function, tirx.PrimFunc)
     }
-    return kernels, tirx.build(tvm.IRModule(kernels), target, pipeline=_PIPELINE)
+    return kernels, _exported(tirx.build(tvm.IRModule(kernels), target, pipeline=_PIPELINE), target, folder)
+
+
+def _exported(built: Any, target: Any, folder: Path) -> list[Path]:
+    """Write what was built, and the threads it runs on, to object files."""
+    objects: list[Path] = []
+
+    def collect(_output: str, files: list[str], **_options: Any) -> None:
+        objects.extend(Path(file) for file in files)
+
+    collect.object_format = "o"  # type: ignore[attr-defined]
+    # Without a kernel (a graph that only reshapes) there is no object to take the triple from, and TVM would write C.
+    collect.get_target_triple = lambda: str(target.attrs["mtriple"])  # type: ignore[attr-defined]
+    built.export_library(str(folder / "engine.so"), fcompile=collect, workspace_dir=str(folder))
+    return [*objects, write_object(target, folder / "threads.o")]

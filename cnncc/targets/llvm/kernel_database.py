@@ -35,6 +35,8 @@ _KERNEL_SOURCES = (
     "blocked/winograd.py",
     "codegen.py",
     "stack.py",
+    "threads/pool.c",
+    "threads/regions.py",
 )
 """What decides how fast a kernel with given knobs is."""
 

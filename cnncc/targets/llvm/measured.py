@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
@@ -36,9 +36,6 @@ from cnncc.targets.llvm.quiet import quiet
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan
 from cnncc.targets.llvm.timing import Contest, prepare, ratio_of
 from cnncc.targets.llvm.winograd_rules import WinogradPlan, direct_cycles, winograd_plans
-from cnncc_runtime import tvm_runtime
-from cnncc_runtime.errors import BuildFailed
-from cnncc_runtime.tvm_threads import PoolThread, set_width
 
 Layer = TypeVar("Layer")
 
@@ -91,7 +88,7 @@ def measure_kernels(graphs: Mapping[str, OnnxGraph], options: MeasureOptions) ->
     Raises:
         DataRefused: The database is damaged or of another kind.
         UnsupportedGraph: Lists every refused node.
-        BuildFailed: This process cannot use as many cores as the profile has.
+        RunFailed: The system has not as many threads to give as the profile has cores.
     """
     profile = options.build.profile
     machine = machine_of(profile)
@@ -191,33 +188,18 @@ def _measure_all(work: _Work, target: Any, options: MeasureOptions) -> int:
         return 0
     assert options.budget is not None
     deadline = monotonic() + options.budget
-    runtime = tvm_runtime.load()
-    thread = PoolThread("cnncc-measure")  # a pool of its own, as wide as the engine's will be
-    try:
-        if not thread.call(lambda: set_width(runtime, work.machine.cores)):
-            raise BuildFailed(
-                f"this process cannot use {work.machine.cores} cores", hint="free the cores, or compile with rules"
-            )
-        for position, shape in enumerate(shapes):
-            if monotonic() >= deadline:
-                return position
-            options.build.progress("measure kernels", position / len(shapes))
-            work.database.put(
-                work.conditions, measure(shape, work.candidates(shape), target, work.machine, thread.call)
-            )
-            options.keep(work.database.text().decode())
-        options.build.progress("measure kernels", 1.0)
-        return len(shapes)
-    finally:
-        thread.close()
+    for position, shape in enumerate(shapes):
+        if monotonic() >= deadline:
+            return position
+        options.build.progress("measure kernels", position / len(shapes))
+        work.database.put(work.conditions, measure(shape, work.candidates(shape), target, work.machine))
+        options.keep(work.database.text().decode())
+    options.build.progress("measure kernels", 1.0)
+    return len(shapes)
 
 
 def measure(
-    shape: ConvShape,
-    candidates: Mapping[str, Sequence[Candidate]],
-    target: Any,
-    machine: Machine,
-    call: Callable[[Callable[[], Any]], Any],
+    shape: ConvShape, candidates: Mapping[str, Sequence[Candidate]], target: Any, machine: Machine
 ) -> Measurement:
     """Measure one convolution.
 
@@ -226,15 +208,15 @@ def measure(
         candidates: Method → knobs, the rule's choice first.
         target: TVM's target; this machine can run its code.
         machine: What kernels are for.
-        call: Runs a function on the thread whose pool the kernels are to use.
     """
     every = [candidate for found in candidates.values() for candidate in found]
     with quiet():
         contest = prepare(shape, every, target, machine)
-    times = call(lambda: contest.run(range(len(every)), _CONTEST_S))
+    times = contest.run(range(len(every)), _CONTEST_S)
     groups = _positions(candidates)
     finalists = {method: _fastest(positions, times) for method, positions in groups.items()}
-    final = _final(contest, [(groups[method][0], winner) for method, winner in finalists.items()], call)
+    final = _final(contest, [(groups[method][0], winner) for method, winner in finalists.items()])
+    contest.pool.close()
     return Measurement(
         shape,
         tuple(_judged(method, every, (groups[method][0], winner), final) for method, winner in finalists.items()),
@@ -256,12 +238,10 @@ def _fastest(positions: Sequence[int], times: Sequence[Sequence[float]]) -> int:
     return min(positions, key=lambda position: ratio_of(times[position], rule)[0])
 
 
-def _final(
-    contest: Contest, pairs: Sequence[tuple[int, int]], call: Callable[[Callable[[], Any]], Any]
-) -> dict[int, list[float]]:
+def _final(contest: Contest, pairs: Sequence[tuple[int, int]]) -> dict[int, list[float]]:
     """Time the rule's choices and the winners once more, alone; return position → times."""
     contestants = list(dict.fromkeys(position for pair in pairs for position in pair))
-    return dict(zip(contestants, call(lambda: contest.run(contestants, _CONTEST_S)), strict=True))
+    return dict(zip(contestants, contest.run(contestants, _CONTEST_S), strict=True))
 
 
 def _judged(

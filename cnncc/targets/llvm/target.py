@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cnncc.targets.base import Availability, BuildOptions, Engine, Measured, MeasureOptions, NodeIssue, Profile
 from cnncc.targets.devices import host_machine, machine_name, named
 from cnncc.targets.llvm.link import INSTALL, find_linker, link
+from cnncc_runtime import engine_threads
 from cnncc_runtime.bundle import EngineRecord, TargetRecord
 from cnncc_runtime.errors import BuildFailed, CnnccError, TargetUnavailable, UsageError
 
@@ -131,8 +132,9 @@ class LlvmTarget:
 
 
 def abi() -> str:
-    """Return the version of the runtime interface that engines need: TVM's and its FFI's minor versions."""
-    return ", ".join(f"{package} {_minor(package)}" for package in ("tvm-ffi", "tvm"))
+    """Return the version of the runtime interface that engines need: TVM's and its FFI's minor versions, and ours."""
+    packages = [f"{package} {_minor(package)}" for package in ("tvm-ffi", "tvm")]
+    return ", ".join([*packages, f"threads {engine_threads.VERSION}"])
 
 
 def _minor(package: str) -> str:

@@ -1,12 +1,17 @@
-"""Times kernels against each other in this process: rounds in turn, so that what slows one slows all."""
+"""Times kernels against each other in this process: rounds in turn, so that what slows one slows all.
+
+They are linked and loaded as an engine is, and share their loops among as many threads as the engine will have.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +26,16 @@ from cnncc.targets.llvm.blocked.window import depthwise_definition
 from cnncc.targets.llvm.blocked.winograd import definition as winograd_definition
 from cnncc.targets.llvm.blocked.winograd import transformed_shape
 from cnncc.targets.llvm.candidates import Candidate
-from cnncc.targets.llvm.codegen import build_kernels
+from cnncc.targets.llvm.codegen import write_kernels
 from cnncc.targets.llvm.layers import bindings_of
+from cnncc.targets.llvm.loading import load_objects
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.pipeline import fuse_passes, legalize_passes, merge_passes, run
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan
 from cnncc.targets.llvm.schedule.anchor import FUSES
 from cnncc.targets.llvm.schedule.driver import schedule
 from cnncc.targets.llvm.schedule.rules import RULES
+from cnncc_runtime.engine_threads import Pool
 
 _SAMPLE_S = 1e-3
 """Length of a sample at least: the clock's resolution and the interpreter do not show."""
@@ -49,9 +56,11 @@ class Contest:
 
     Attributes:
         calls: For each candidate, what calls its kernel some times in a row.
+        pool: The threads that the kernels run on.
     """
 
     calls: tuple[Callable[[int], None], ...]
+    pool: Pool
 
     def run(self, contestants: Sequence[int], seconds: float) -> list[list[float]]:
         """Time some of the candidates in rounds.
@@ -62,7 +71,14 @@ class Contest:
 
         Returns:
             Seconds per call of each contestant, one for each round.
+
+        Raises:
+            RunFailed: The system has not as many threads to give as the machine has cores.
         """
+        with self.pool:
+            return self._rounds(contestants, seconds)
+
+    def _rounds(self, contestants: Sequence[int], seconds: float) -> list[list[float]]:
         counts = [self._count(number) for number in contestants]
         times: list[list[float]] = [[] for _ in contestants]
         start = time.perf_counter()
@@ -91,6 +107,10 @@ def prepare(shape: ConvShape, plans: Sequence[Candidate], target: Any, machine: 
         plans: The candidates.
         target: TVM's target; this machine can run its code.
         machine: What kernels are scheduled for.
+
+    Raises:
+        TargetUnavailable: There is no linker.
+        BuildFailed: The linker refused.
     """
     builder = relax.BlockBuilder()
     with target, tvm.transform.PassContext(opt_level=3):
@@ -101,9 +121,12 @@ def prepare(shape: ConvShape, plans: Sequence[Candidate], target: Any, machine: 
             module = run(module, passes)
         module, _ = schedule(module, RULES, machine, lambda _fraction: None)
         names = [_kernel(module[f"candidate{number}"]) for number in range(len(plans))]
-        kernels, library = build_kernels(module, target)
+        with tempfile.TemporaryDirectory(prefix="cnncc-") as folder:
+            kernels, objects = write_kernels(module, target, Path(folder))
+            loaded = load_objects(objects)
     arguments = _Arguments()
-    return Contest(tuple(_repeated(library[name], arguments.of(kernels[name])) for name in names))
+    calls = [_repeated(loaded.module[name], arguments.of(kernels[name])) for name in names]
+    return Contest(tuple(calls), Pool(loaded.launcher, machine.cores))
 
 
 def _add_function(builder: Any, name: str, shape: ConvShape, candidate: Candidate, machine: Machine) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
 from numpy.typing import NDArray
-from tvm import relax, tirx
+from tvm import relax
 
 from cnncc.targets.base import Profile
 from cnncc.targets.devices import named, resolve_profile
 from cnncc.targets.llvm import codegen, pipeline
 from cnncc.targets.llvm.blocked.geometry import pack_channels
+from cnncc.targets.llvm.loading import load_objects
 from cnncc.targets.llvm.machine import Machine, machine_of, target_options
 from cnncc.targets.llvm.quiet import quiet
 from cnncc.targets.llvm.schedule.driver import schedule
 from cnncc.targets.llvm.schedule.rules import RULES
+from tests.targets.llvm.running import entry_of
 
 Emit = Callable[..., Any]
 """Takes the block builder, the machine and the operands; returns the result."""
@@ -45,9 +49,9 @@ def compile_call(emit: Emit, shapes: Sequence[tuple[int, ...]], profile: Profile
             module = pipeline.run(module, passes)
         module, rules = schedule(module, RULES, machine, lambda _fraction: None)
         module = pipeline.run(module, pipeline.lower_passes())
-        tirx.register_tir_pipeline("cnncc-test", codegen._pipeline)
-        executable = relax.build(module, target=target, relax_pipeline=None, tir_pipeline="cnncc-test")
-        return relax.VirtualMachine(executable, tvm.cpu())["main"], rules
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = load_objects(codegen.write_objects(module, target, Path(folder)))
+    return entry_of(loaded, "main"), rules
 
 
 def run_call(emit: Emit, operands: Sequence[NDArray[Any]], profile: Profile) -> NDArray[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,22 +15,42 @@ from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import Engine, Profile
 from cnncc.targets.devices import named, resolve_profile
 from cnncc.targets.llvm.quiet import quiet
+from cnncc_runtime.engine_threads import Pool
 from cnncc_runtime.weights import map_weights
+
+if TYPE_CHECKING:
+    from cnncc.targets.llvm.loading import Loaded
 
 
 def run_engine(engine: Engine, entry: str, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
     """Load an engine, run one entry, return its outputs."""
-    arrays = [*arrays, *_weights(engine, entry)]
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        import tvm
-        import tvm_ffi
+        from cnncc.targets.llvm.loading import load_library
 
-        machine = tvm_ffi.load_module(str(engine.payload))["vm_load_executable"]()
-        machine["vm_initialization"](1, 0, 2)
-        result = machine[entry](*[tvm.runtime.tensor(np.require(array, requirements="C")) for array in arrays])
+        return call_entry(load_library(engine.payload), entry, [*arrays, *_weights(engine, entry)])
+
+
+def call_entry(loaded: Loaded, entry: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Run one entry of a loaded engine, return its outputs."""
+    import tvm
+
+    result = entry_of(loaded, entry)(*[tvm.runtime.tensor(np.require(array, requirements="C")) for array in arrays])
     outputs = [result] if hasattr(result, "numpy") else list(result)
     return [output.numpy() for output in outputs]
+
+
+def entry_of(loaded: Loaded, entry: str) -> Callable[..., Any]:
+    """Return one entry of a loaded engine as a function of tensors, which runs on two threads."""
+    machine = loaded.module["vm_load_executable"]()
+    machine["vm_initialization"](1, 0, 2)
+    function, pool = machine[entry], Pool(loaded.launcher, 2)
+
+    def run(*tensors: Any) -> Any:
+        with pool:
+            return function(*tensors)
+
+    return run
 
 
 def _weights(engine: Engine, entry: str) -> list[NDArray[Any]]:
@@ -66,7 +88,7 @@ def kernels_of(graph: OnnxGraph, profile: Profile | None = None) -> list[str]:
 def run_graph(
     graph: OnnxGraph, feeds: Mapping[str, NDArray[Any]], profile: Profile | None = None
 ) -> list[NDArray[Any]]:
-    """Compile a graph as the target does, without writing or linking a file, and run it in this process.
+    """Compile a graph as the target does, without a bundle, and run it in this process.
 
     Args:
         graph: Of static shapes.
@@ -75,16 +97,11 @@ def run_graph(
     """
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        import tvm
-        from tvm import relax, tirx
-
         from cnncc.targets.llvm import codegen
+        from cnncc.targets.llvm.loading import load_objects
 
         lowered, target = _lowered(graph, profile)
-        tirx.register_tir_pipeline("cnncc-test", codegen._pipeline)
-        executable = relax.build(lowered.module, target=target, relax_pipeline=None, tir_pipeline="cnncc-test")
-        run = relax.VirtualMachine(executable, tvm.cpu())["main"]
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = load_objects(codegen.write_objects(lowered.module, target, Path(folder)))
         arrays = [*(feeds[spec.name] for spec in graph.inputs), *lowered.weights.of("main")]
-        result = run(*[tvm.runtime.tensor(np.require(array, requirements="C")) for array in arrays])
-    outputs = [result] if hasattr(result, "numpy") else list(result)
-    return [output.numpy() for output in outputs]
+        return call_entry(loaded, "main", arrays)
