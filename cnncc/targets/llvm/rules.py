@@ -18,8 +18,8 @@ _LOOP = 0.8
 """Cycles of a step's own: the counter and what does not overlap (measured on Zen 3, 4 to 12 sums)."""
 _PANEL = 8
 """Blocks of a register tile at most; many only where pixels are few, as behind global pooling."""
-_ALONE = 16384
-"""Cycles of work below which waking other cores costs more than they save (4 µs a region)."""
+_ALONE = 6000
+"""Cycles of work below which sharing it costs more than it saves: a region takes half a microsecond."""
 _L2_LANES = 2
 """Bytes a cycle that one core reads from L2 into a kernel that also computes, for each lane of a vector."""
 _FROM_L2, _BEYOND_L2 = 16, 8
@@ -331,8 +331,8 @@ class WindowPlan:
 
 _IN_FLIGHT = 8
 """Sums that keep two multiply-add units of four cycles' latency busy."""
-_SHARE = 48_000
-"""Cycles of one core from which waking others pays: three times what a parallel region costs, 4 µs."""
+_SHARE = 12_000
+"""Cycles of one core from which sharing pays: neighbours of a row may lie in the other core's cache."""
 _ROW = 12
 """Cycles of a row's own: its bounds and addresses."""
 

@@ -76,11 +76,11 @@ def test_every_candidate_is_sound_and_the_rules_choice_is_the_first(cpu: str, co
 @pytest.mark.parametrize(
     ("method", "knobs"),
     [
-        (DIRECT, (57, 1, 1, 1, 1)),  # wider than the row
+        (DIRECT, (57, 1, 1, 1, 1)),  # wider than a row, and more pixels than addresses
         (DIRECT, (14, 9, 1, 1, 1)),  # more blocks than there are
         (DIRECT, (30, 2, 1, 1, 1)),  # more sums than registers
         (DIRECT, (14, 1, 99, 1, 1)),  # a chain that loses digits
-        (DIRECT, (14, 1, 1, 57, 1)),  # more rows than there are
+        (DIRECT, (14, 1, 1, 225, 1)),  # more tiles than there are
         (DIRECT, (14, 1, 1, 0, 1)),
         (DIRECT, (14, 1, 1, 1)),
         ("winograd-4", (2, 0, 1, 14, 14, 1, 1)),  # another tile size

@@ -37,8 +37,9 @@ def parallel(extent: Any, body: Body) -> Any:
     return loop(extent, body, ForKind.PARALLEL, "task")
 
 
-PARALLEL_WORK = 16384
-"""Elements below which waking other cores costs more than it saves (4 µs a region)."""
+PARALLEL_WORK = 6144
+"""Elements below which sharing costs more than it saves: a region takes half a microsecond, and what the other core
+wrote must come over from its cache."""
 
 
 def shared(tasks: int, work: int, body: Body) -> Any:
