@@ -1,12 +1,14 @@
 """Times an engine's kernels one by one, and the whole network: `benchmarks/kernels.py` starts it.
 
 On stdin it takes a JSON object (``bundle``, ``threads``, ``rounds``, ``kernels``: name → the dtype and shape of each
-parameter), on stdout it writes one: ``kernels`` (name → seconds per call) and ``network`` (seconds per inference).
+parameter), on stdout it writes one: ``kernels`` (name → seconds per call, again and again with the same tensors),
+``inside`` (name → seconds of all its calls within an inference) and ``network`` (seconds per inference).
 The code that is timed is that of the bundle's own engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,11 +16,16 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cnncc_runtime.bundle import Bundle, read_bundle
+from cnncc_runtime.weights import map_weights
 
 SAMPLE_S = 2e-3
 """Least length of a sample: calls are repeated until it is reached, so that the clock's resolution does not show."""
@@ -36,7 +43,6 @@ def main() -> None:
 
     import cnncc_runtime
     from cnncc.targets.llvm.loading import load_library
-    from cnncc_runtime.bundle import read_bundle
     from cnncc_runtime.engine_threads import Pool
 
     bundle = read_bundle(Path(request["bundle"]))
@@ -54,14 +60,17 @@ def main() -> None:
             spec.name: generator.standard_normal(spec.shape).astype(spec.dtype)  # type: ignore[arg-type]
             for spec in session.inputs
         }
-        best = dict.fromkeys(kernels, float("inf"))
+        best, inside = dict.fromkeys(kernels, float("inf")), dict.fromkeys(kernels, float("inf"))
         network = float("inf")
+        calls = _Calls(loaded.module, bundle, feeds)
         for _ in range(request["rounds"]):
             network = min(network, _network(lambda: session.run(feeds)))
+            with pool:
+                inside = {name: min(inside[name], seconds) for name, seconds in calls.measure().items() if name in best}
             for name, kernel in kernels.items():
                 with pool:
                     best[name] = min(best[name], _kernel(*kernel))
-    json.dump({"kernels": best, "network": network}, sink)
+    json.dump({"kernels": best, "inside": inside, "network": network}, sink)
     sink.flush()
     os._exit(0)  # TVM's libraries need not be unloaded one by one
 
@@ -81,6 +90,46 @@ def _kernel(library: Any, name: str, arguments: list[Any]) -> float:
 
     once = min(sample(1, 3))
     return statistics.median(sample(max(1, round(SAMPLE_S / max(once, 1e-7))), SAMPLES))
+
+
+class _Calls:
+    """Runs a network with a clock around each kernel call: weights and tensors are where the network finds them."""
+
+    def __init__(self, module: Any, bundle: Bundle, feeds: Mapping[str, NDArray[Any]]) -> None:
+        import tvm
+        import tvm_ffi
+
+        engine = bundle.manifest.engine
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(bundle.open(engine.weights.file)) if engine.weights else None
+            weights = map_weights(file, engine.weights) if file and engine.weights else ()
+        batch, entry = next(iter(engine.entries.items()))
+        taken = engine.weights.entries.get(batch, ()) if engine.weights else ()
+        self._arguments = [tvm.runtime.tensor(feeds[spec.name]) for spec in bundle.manifest.inputs]
+        self._arguments += [tvm_ffi.from_dlpack(weights[position]) for position in taken]
+        machine = module["vm_load_executable"]()
+        machine["vm_initialization"](1, 0, 2)  # on the CPU, with pooled memory
+        machine["set_instrument"](tvm_ffi.convert(self._note))
+        self._run = machine[entry]
+        self._started = 0.0
+        self._spent: Counter[str] = Counter()
+
+    def measure(self) -> dict[str, float]:
+        """Return kernel → seconds per inference: the median of some."""
+        found: dict[str, list[float]] = {}
+        for _ in range(2 * SAMPLES):
+            self._spent.clear()
+            self._run(*self._arguments)
+            for name, seconds in self._spent.items():
+                found.setdefault(name, []).append(seconds)
+        return {name: statistics.median(times) for name, times in found.items()}
+
+    def _note(self, _function: Any, name: str, before: bool, *_rest: Any) -> int:
+        if before:
+            self._started = time.perf_counter()
+        else:
+            self._spent[name] += time.perf_counter() - self._started
+        return 0  # go on
 
 
 def _network(run: Any) -> float:

@@ -2,8 +2,8 @@
 
 Convolutions and matrix products are given in GFLOP/s and as a share of this machine's measured peak, counted as if
 they were computed directly (Winograd's method may exceed it); everything else in GB/s of the tensors that it reads and
-writes. The sum over all calls stands beside the latency of the whole network: what is missing is the cost of calls and
-of memory that is not in a cache.
+writes. `ms` is all calls of a kernel that runs alone, its tensors in caches; `inside`, the same calls within an
+inference, where weights come from memory. The sums of both stand beside the latency of the whole network.
 """
 
 from __future__ import annotations
@@ -69,11 +69,13 @@ class Times:
     """What was measured.
 
     Attributes:
-        kernels: Kernel → seconds per call.
+        kernels: Kernel → seconds per call, with its tensors in caches.
+        inside: Kernel → seconds of all its calls within an inference.
         network: Seconds per inference.
     """
 
     kernels: dict[str, float]
+    inside: dict[str, float]
     network: float
 
 
@@ -161,7 +163,7 @@ def time_kernels(bundle: Path, kernels: Sequence[Kernel], threads: int, rounds: 
         said = result.stderr.decode(errors="replace").splitlines()[-3:]
         raise RunFailed(f"the kernels cannot be timed: exit code {result.returncode}", where=said)
     answer = json.loads(result.stdout)
-    return Times(answer["kernels"], answer["network"])
+    return Times(answer["kernels"], answer["inside"], answer["network"])
 
 
 def operations_of(kernels: Sequence[Kernel], times: Times, macs: Sequence[int]) -> dict[str, float]:
@@ -191,7 +193,10 @@ def table(
     spent = {kernel.name: times.kernels[kernel.name] * len(kernel.calls) for kernel in kernels}
     total = sum(spent.values())
     yield f"{name}, {threads} thread{'s' * (threads > 1)}, peak {peak / 1e9:.0f} GFLOP/s"
-    yield f"  {'kernel':34}{'rule':14}{'calls':>6}{'ms/call':>10}{'ms':>9}{'%':>5}{'rate':>14}{'% peak':>8}  shapes"
+    yield (
+        f"  {'kernel':34}{'rule':14}{'calls':>6}{'ms/call':>10}{'ms':>9}{'inside':>9}{'%':>5}{'rate':>14}{'% peak':>8}"
+        "  shapes"
+    )
     for kernel in sorted(kernels, key=lambda kernel: -spent[kernel.name]):
         seconds = times.kernels[kernel.name]
         rate, share = f"{kernel.bytes / seconds / 1e9:.1f} GB/s", ""
@@ -201,13 +206,16 @@ def table(
         shapes = " ".join("×".join(map(str, shape)) or "scalar" for _dtype, shape in kernel.parameters)
         yield (
             f"  {_short(kernel.name, 33):34}{kernel.rule:14}{len(kernel.calls):>6}{seconds * 1e3:>10.4f}"
-            f"{spent[kernel.name] * 1e3:>9.3f}{100 * spent[kernel.name] / total:>5.0f}{rate:>14}{share:>8}  {shapes}"
+            f"{spent[kernel.name] * 1e3:>9.3f}{times.inside[kernel.name] * 1e3:>9.3f}"
+            f"{100 * spent[kernel.name] / total:>5.0f}{rate:>14}{share:>8}  {shapes}"
         )
-    missing = 100 * (times.network / total - 1)
+    inside = sum(times.inside.values())
     speed = 2 * sum(macs) / times.network
     yield (
-        f"  kernels {total * 1e3:.3f} ms, network {times.network * 1e3:.3f} ms ({missing:+.1f} %): "
-        f"{speed / 1e9:.1f} GFLOP/s, {100 * speed / peak:.0f} % of the peak\n"
+        f"  kernels {total * 1e3:.3f} ms alone, {inside * 1e3:.3f} ms inside the network "
+        f"({100 * (inside / total - 1):+.1f} %), network {times.network * 1e3:.3f} ms "
+        f"({100 * (times.network / inside - 1):+.1f} %): {speed / 1e9:.1f} GFLOP/s, "
+        f"{100 * speed / peak:.0f} % of the peak\n"
     )
 
 
