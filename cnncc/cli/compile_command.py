@@ -41,6 +41,13 @@ if TYPE_CHECKING:
 )
 @click.option("--direct", multiple=True, help="Modules whose convolutions stay direct: layer4.*")
 @click.option(
+    "--winograd-growth",
+    type=click.FloatRange(0, 10),
+    default=0.5,
+    show_default=True,
+    help="What Winograd's weights may add, as a share of all weights: more is larger, and faster at large images.",
+)
+@click.option(
     "--optimize",
     type=click.Choice(["rules", "measured"]),
     default="rules",
@@ -84,6 +91,7 @@ def command(
     precision: str,
     winograd: bool,
     direct: tuple[str, ...],
+    winograd_growth: float,
     optimize: str,
     optimize_budget: float | None,
     kernel_database: Path | None,
@@ -119,7 +127,7 @@ def command(
                 else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{device}.cnncc"),
                 target=target,
                 batches=parse_batches(batch_text),
-                kernels=KernelOptions(winograd, direct),
+                kernels=KernelOptions(winograd, direct, winograd_growth),
                 optimize=Optimize(optimize, optimize_budget or BUDGET, kernel_database),
                 data=data,
                 samples=samples,

@@ -73,3 +73,17 @@ def test_the_help_of_bench_names_every_peer() -> None:
     text = " ".join(call("bench", "--help").stdout.split())
     for peer in peers():
         assert peer in text
+
+
+def test_weights_grow_as_far_as_they_may(write_module: WriteModule, tmp_path: Path) -> None:
+    model, sizes = write_module(MODEL), {}
+    for growth in ("0", "0.05", "10"):
+        bundle = tmp_path / f"net-{growth}.cnncc"
+        call(
+            *("compile", f"{model}:build", "--input-shape", "1,3,64,64", "-o", bundle),
+            *("--winograd-growth", growth),
+        )
+        record = read_bundle(bundle).manifest
+        sizes[growth] = sum(file.size for file in record.files.values() if file.role == "weights")
+        assert ("winograd" in kernels(bundle).values()) == (growth != "0")
+    assert sizes["0"] < sizes["0.05"] <= 1.05 * sizes["0"] + 64 < sizes["10"]

@@ -110,4 +110,4 @@ def policy(graph: OnnxGraph, kernels: KernelOptions) -> KernelPolicy:
                 hint="give a module's path, or a pattern such as layer4.*; `cnncc inspect` lists the modules",
             )
         direct |= found
-    return KernelPolicy(kernels.winograd, frozenset(direct))
+    return KernelPolicy(kernels.winograd, frozenset(direct), kernels.growth)

@@ -8,14 +8,12 @@ from typing import Any
 
 from tvm import ir
 
+from cnncc.targets.base import KernelOptions
 from cnncc.targets.llvm.importer import node_index
 from cnncc.targets.llvm.layers import bindings_of
 from cnncc.targets.llvm.plans import Plans
 from cnncc.targets.llvm.rules import ConvShape
 from cnncc.targets.llvm.winograd_rules import WinogradPlan
-
-_GROWTH = 0.5
-"""Transformed weights may add so much to a network's weights: engines travel to devices."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,12 @@ class KernelPolicy:
     Attributes:
         winograd: Whether any convolution may use Winograd's method.
         direct: Indices of the ONNX nodes that must not.
+        growth: What transformed weights may add to the function's weights, as a share of them.
     """
 
     winograd: bool = True
     direct: frozenset[int] = frozenset()
+    growth: float = KernelOptions.growth
 
 
 def choose_methods(function: Any, plans: Plans, policy: KernelPolicy) -> dict[Any, WinogradPlan]:
@@ -47,7 +47,7 @@ def choose_methods(function: Any, plans: Plans, policy: KernelPolicy) -> dict[An
         layers += 1
         if node not in policy.direct:
             candidates[call] = shape
-    return plans.choose(candidates, int(_GROWTH * _weight_bytes(function)), layers)
+    return plans.choose(candidates, int(policy.growth * _weight_bytes(function)), layers)
 
 
 def _convolutions(function: Any) -> Iterator[tuple[int | None, Any, ConvShape]]:
