@@ -16,7 +16,7 @@ EXECUTORCH_PYTHON = $(if $(wildcard $(EXECUTORCH)/bin/python),CNNCC_BENCH_PYTHON
 help:
 	@echo 'make setup   .venv with cnncc, cnncc-runtime (editable) and all that tests need'
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
-	@echo 'make test    the whole test suite'
+	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
 	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
 	@echo 'make executorch   an environment for one more peer'
@@ -37,7 +37,8 @@ demo: setup
 	$(BIN)/python examples/digits/demo.py
 
 test: setup
-	$(BIN)/pytest -m 'not zoo'
+	$(BIN)/pytest -m 'not slow and not zoo'
+	$(BIN)/pytest -m 'slow and not zoo'
 
 lint: setup
 	$(BIN)/ruff check .
