@@ -34,9 +34,11 @@ _KERNEL_SOURCES = (
     "blocked/window.py",
     "blocked/winograd.py",
     "codegen.py",
+    "machine.py",
     "stack.py",
     "threads/pool.c",
     "threads/regions.py",
+    "tiling.py",
 )
 """What decides how fast a kernel with given knobs is."""
 

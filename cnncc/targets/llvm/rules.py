@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.machine import Machine
+from cnncc.targets.llvm.tiling import Tiling
 
 _LATENCY = 4.0
 """Cycles until a multiply-add's result can be added to."""
@@ -124,47 +125,6 @@ class DirectPlan:
         return DirectPlan(columns, panel, chain, chunk, bool(shared))
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Register tiles of one size, one after the other. One that would reach beyond the pixels overlaps the one before.
-
-    Attributes:
-        rows: Of the image.
-        wide: Pixels of a row.
-        columns: Pixels of a tile.
-        joined: Whether a tile may begin in one row and end in the next, so that only the last tile overlaps; otherwise
-            the last of every row does.
-    """
-
-    rows: int
-    wide: int
-    columns: int
-    joined: bool
-
-    @staticmethod
-    def of(rows: int, wide: int, columns: int, *, pointers: int) -> Tiling:
-        """Return the tiling of an image.
-
-        Args:
-            rows: Of the image.
-            wide: Pixels of a row.
-            columns: Pixels of a tile; narrower where rows are, and tiles cannot be joined.
-            pointers: Pixels of a tile that may have addresses of their own, as joined ones need.
-        """
-        joined = rows > 1 and wide % columns > 0 and columns <= pointers
-        return Tiling(rows, wide, columns if joined else min(columns, wide), joined)
-
-    @property
-    def across(self) -> int:
-        """Tiles of a row, where they are not joined."""
-        return -(-self.wide // self.columns)
-
-    @property
-    def count(self) -> int:
-        """All tiles."""
-        return -(-self.rows * self.wide // self.columns) if self.joined else self.rows * self.across
-
-
 def direct_plan(shape: ConvShape, machine: Machine, tile: tuple[int, int] | None = None) -> DirectPlan:
     """Return the knobs of a direct convolution.
 
@@ -199,10 +159,9 @@ def register_tiles(shape: ConvShape, machine: Machine) -> Iterator[tuple[float, 
     chain = longest_chain(shape, machine) * shape.lane_block(machine) * shape.taps
     for panel in range(1, min(blocks, _PANEL) + 1):
         held = panel * vectors
-        for columns in range(1, most_pixels(held, machine) + 1):
-            if columns <= widest_tile(shape, machine):
-                step = _step(columns, held, chain, machine)
-                yield tiling_of(shape, columns, machine).count * step * -(-blocks // panel), (columns, panel)
+        for columns in range(1, min(most_pixels(held, machine), widest_tile(shape, machine)) + 1):
+            step = _step(columns, held, chain, machine)
+            yield tiling_of(shape, columns, machine).count * step * -(-blocks // panel), (columns, panel)
 
 
 def widest_tile(shape: ConvShape, machine: Machine) -> int:

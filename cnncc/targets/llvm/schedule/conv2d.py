@@ -10,13 +10,14 @@ from typing import Any
 from tvm import tirx
 
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.rules import DirectPlan, Tiling
+from cnncc.targets.llvm.rules import DirectPlan
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
 from cnncc.targets.llvm.schedule.padded import Image, Sliding
 from cnncc.targets.llvm.schedule.register_tile import RegisterTile
 from cnncc.targets.llvm.schedule.tiling import place_of
+from cnncc.targets.llvm.tiling import Tiling
 
 CONV2D = "conv2d"
 _OPERANDS = 2

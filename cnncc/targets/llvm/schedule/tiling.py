@@ -6,8 +6,8 @@ from typing import Any
 
 from tvm import tirx
 
-from cnncc.targets.llvm.rules import Tiling
 from cnncc.targets.llvm.schedule import tir
+from cnncc.targets.llvm.tiling import Tiling
 
 
 def place_of(tiling: Tiling, number: Any, pixel: Any) -> tuple[Any, Any]:
