@@ -43,9 +43,8 @@ if TYPE_CHECKING:
 @click.option(
     "--winograd-growth",
     type=click.FloatRange(0, 10),
-    default=0.5,
-    show_default=True,
-    help="What Winograd's weights may add, as a share of all weights: more is larger, and faster at large images.",
+    metavar="SHARE",
+    help="What Winograd's weights may add to the memory of all weights: 0 nothing, 1 as much again.  [default: 2]",
 )
 @click.option(
     "--optimize",
@@ -91,7 +90,7 @@ def command(
     precision: str,
     winograd: bool,
     direct: tuple[str, ...],
-    winograd_growth: float,
+    winograd_growth: float | None,
     optimize: str,
     optimize_budget: float | None,
     kernel_database: Path | None,
@@ -116,6 +115,9 @@ def command(
     features = tuple(part for part in mattr.split(",") if part)
     if optimize == RULES and optimize_budget is not None:
         raise UsageError("--optimize-budget is for measuring", hint="add --optimize measured")
+    if not winograd and winograd_growth is not None:
+        raise UsageError("--winograd-growth says nothing with --no-winograd", hint="leave one of them out")
+    growth = KernelOptions.growth if winograd_growth is None else winograd_growth
     requests = []
     for target, device in pairs:
         requests.append(
@@ -127,7 +129,7 @@ def command(
                 else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{device}.cnncc"),
                 target=target,
                 batches=parse_batches(batch_text),
-                kernels=KernelOptions(winograd, direct, winograd_growth),
+                kernels=KernelOptions(winograd, direct, growth),
                 optimize=Optimize(optimize, optimize_budget or BUDGET, kernel_database),
                 data=data,
                 samples=samples,

@@ -83,12 +83,13 @@ class KernelOptions:
     Attributes:
         winograd: Whether convolutions may use Winograd's method, which multiplies less and rounds more.
         direct: Patterns of module paths (``layer4.*``) whose convolutions are computed directly all the same.
-        growth: What transformed weights may add to a network's weights, as a share of them: engines travel to devices.
+        growth: What transformed weights may add to the memory of a network's weights, as a share of them; their file
+            does not grow.
     """
 
     winograd: bool = True
     direct: tuple[str, ...] = ()
-    growth: float = 0.5
+    growth: float = 2.0
 
 
 Specialize = Callable[["OnnxGraph", int], "OnnxGraph"]

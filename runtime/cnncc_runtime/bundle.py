@@ -26,7 +26,7 @@ from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import DTYPES, TensorSpec
 from cnncc_runtime.weights import WeightsRecord
 
-SCHEMA = "cnncc.bundle/2"
+SCHEMA = "cnncc.bundle/3"
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"

@@ -69,7 +69,7 @@ class Session(Protocol):
         """Run the engine once.
 
         Args:
-            feeds: Input name → array; contiguous arrays at 64-byte addresses are not copied.
+            feeds: Input name → array; contiguous arrays of more than 64 KiB at 64-byte addresses are not copied.
 
         Returns:
             Output name → array that the caller owns.

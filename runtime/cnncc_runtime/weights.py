@@ -1,14 +1,15 @@
 """The file of weights: which tensors lie where in it, and how it is mapped into memory.
 
 Mapped pages are read when a kernel first touches them, shared by every process that runs the same bundle, and given
-back by the system when memory is short; nothing is copied.
+back by the system when memory is short; nothing is copied. What is made of the file instead (`Expansion`) is the
+process's own.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -23,6 +24,25 @@ ALIGNMENT = 64
 
 _MAX_RANK = 32  # NumPy 1's bound
 _MAX_SIZE = 1 << 40
+_MAX_EXPANSION = 8
+"""Times the stored bytes that an expansion may take; Winograd's F(4×4) takes 4."""
+_PIECE = 4096
+"""Columns that are expanded at once: their products stay in the second-level cache."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """How a tensor is made of what the file holds, when the bundle is opened: a matrix times each part.
+
+    Winograd's weights are a linear map of a convolution's, up to four times as large: they need not travel.
+
+    Attributes:
+        matrix: Position of the matrix among the tensors: ``[rows, columns]``, float64.
+        parts: Parts. The file holds ``[parts, columns, n]``, the engine takes ``[parts, rows, n]``, both float32.
+    """
+
+    matrix: int
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -31,23 +51,25 @@ class WeightRecord:
 
     Attributes:
         offset: Of its first byte, a multiple of `ALIGNMENT`.
-        shape: Sizes.
+        shape: Sizes, as the engine takes it.
         dtype: One of `cnncc_runtime.specs.DTYPES`; little-endian, row-major.
+        expansion: How it is made of what the file holds; None where that is the tensor itself.
     """
 
     offset: int
     shape: tuple[int, ...]
     dtype: str
+    expansion: Expansion | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """Bytes it takes in memory."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def fits(self, size: int) -> bool:
-        """Whether the record is sane and its tensor lies inside a file of so many bytes."""
-        sane = self.dtype in DTYPES and len(self.shape) <= _MAX_RANK and all(0 < n < _MAX_SIZE for n in self.shape)
-        return sane and self.offset >= 0 and self.offset % ALIGNMENT == 0 and self.offset + self.nbytes <= size
+    @property
+    def is_sane(self) -> bool:
+        """Whether there can be such a tensor."""
+        return self.dtype in DTYPES and len(self.shape) <= _MAX_RANK and all(0 < n < _MAX_SIZE for n in self.shape)
 
 
 @dataclass(frozen=True)
@@ -71,38 +93,110 @@ class WeightsRecord:
             size: Bytes of the file.
             batches: Batch sizes that the engine has functions for.
         """
-        misplaced = [position for position, tensor in enumerate(self.tensors) if not tensor.fits(size)]
+        inexplicable = [position for position, tensor in enumerate(self.tensors) if not self._is_explained(tensor)]
+        misplaced = [
+            position
+            for position, tensor in enumerate(self.tensors)
+            if position not in inexplicable and not self._fits(tensor, size)
+        ]
         count = len(self.tensors)
         absent = [n for taken in self.entries.values() for n in taken if not 0 <= n < count]
         problems = {
             f"the weights {misplaced}, which do not lie in '{self.file}' ({size} bytes)": not misplaced,
+            f"the weights {inexplicable}, which cannot be made of what '{self.file}' holds": not inexplicable,
             f"the weights {absent} of {count}": not absent,
             f"weights for the batch sizes {sorted(self.entries)}": self.entries.keys() == set(batches),
         }
         return "; ".join(problem for problem, good in problems.items() if not good)
 
+    def stored(self, tensor: WeightRecord) -> int:
+        """Return how many bytes of the file a tensor of this record is made of."""
+        if tensor.expansion is None:
+            return tensor.nbytes
+        rows, columns = self.tensors[tensor.expansion.matrix].shape
+        return tensor.nbytes // rows * columns
+
+    def _fits(self, tensor: WeightRecord, size: int) -> bool:
+        placed = tensor.offset >= 0 and tensor.offset % ALIGNMENT == 0
+        return tensor.is_sane and placed and tensor.offset + self.stored(tensor) <= size
+
+    def _is_explained(self, tensor: WeightRecord) -> bool:
+        made = tensor.expansion
+        if made is None:
+            return True
+        if tensor.dtype != "float32" or not tensor.is_sane or not 0 <= made.matrix < len(self.tensors):
+            return False
+        matrix = self.tensors[made.matrix]
+        plain = matrix.expansion is None and matrix.dtype == "float64" and len(matrix.shape) == 2 and matrix.is_sane
+        if not plain or made.parts < 1:
+            return False
+        rows, columns = matrix.shape
+        return rows <= _MAX_EXPANSION * columns and math.prod(tensor.shape) % (made.parts * rows) == 0
+
 
 def map_weights(file: BinaryIO, record: WeightsRecord) -> tuple[NDArray[Any], ...]:
-    """Map the file into memory.
+    """Map the file into memory, and make what has to be made of it.
 
     Args:
         file: The file, verified; it may be closed afterwards, but not rewritten in place.
         record: As the manifest has it, checked against the file's size.
 
     Returns:
-        An array per tensor, over the mapped file, which stays mapped as long as one of them is there. They can be
-        written to, since DLPack carries no read-only arrays; what is written is private to the process.
+        An array per tensor, over the mapped file, which stays mapped as long as one of them is there, or of its own
+        memory where it is expanded. They can be written to, since DLPack carries no read-only arrays; what is written
+        is private to the process.
 
     Raises:
-        BundleRefused: The file cannot be mapped.
+        BundleRefused: The file cannot be mapped, or memory does not suffice.
     """
     try:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return tuple(
-            np.frombuffer(mapped, tensor.dtype, math.prod(tensor.shape), tensor.offset).reshape(tensor.shape)
-            for tensor in record.tensors
-        )
-    except (OSError, ValueError) as exc:
+        return tuple(_loaded(mapped, record, tensor) for tensor in record.tensors)
+    except (OSError, ValueError, MemoryError) as exc:
         raise BundleRefused(
             f"'{record.file}' cannot be mapped into memory: {exc}", hint="copy the bundle to a local disk"
         ) from exc
+
+
+def expand(matrix: NDArray[np.float64], stored: NDArray[Any], into: NDArray[Any]) -> None:
+    """Write a matrix times each part, computed in float64 and rounded once.
+
+    Args:
+        matrix: ``[rows, columns]``.
+        stored: ``[parts, columns, n]``, float32.
+        into: ``[parts, rows, n]``, float32.
+    """
+    for source, target in zip(stored, into, strict=True):
+        for start in range(0, source.shape[1], _PIECE):
+            piece = slice(start, start + _PIECE)
+            target[:, piece] = matrix @ source[:, piece].astype(np.float64)
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an uninitialised array that a session takes without copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _loaded(mapped: mmap.mmap, record: WeightsRecord, tensor: WeightRecord) -> NDArray[Any]:
+    dtype = np.dtype(tensor.dtype)
+    stored = np.frombuffer(mapped, dtype, record.stored(tensor) // dtype.itemsize, tensor.offset)
+    made = tensor.expansion
+    if made is None:
+        return stored.reshape(tensor.shape)
+    matrix = _loaded(mapped, record, record.tensors[made.matrix])
+    rows, columns = matrix.shape
+    loaded = aligned_empty(tensor.shape, dtype)
+    expand(matrix, stored.reshape(made.parts, columns, -1), loaded.reshape(made.parts, rows, -1))
+    _forget(mapped, tensor.offset, stored.nbytes)
+    return loaded
+
+
+def _forget(mapped: mmap.mmap, start: int, size: int) -> None:
+    """Give the pages that lie wholly inside a range back: they are not needed again."""
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    past = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if past > first and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, first, past - first)

@@ -76,14 +76,25 @@ def test_the_help_of_bench_names_every_peer() -> None:
 
 
 def test_weights_grow_as_far_as_they_may(write_module: WriteModule, tmp_path: Path) -> None:
-    model, sizes = write_module(MODEL), {}
+    model, sizes, files = write_module(MODEL), {}, {}
     for growth in ("0", "0.05", "10"):
         bundle = tmp_path / f"net-{growth}.cnncc"
         call(
             *("compile", f"{model}:build", "--input-shape", "1,3,64,64", "-o", bundle),
             *("--winograd-growth", growth),
         )
-        record = read_bundle(bundle).manifest
-        sizes[growth] = sum(file.size for file in record.files.values() if file.role == "weights")
+        record = read_bundle(bundle).manifest.engine.weights
+        assert record is not None
+        sizes[growth] = sum(record.tensors[position].nbytes for position in record.entries[0])
+        files[growth] = (bundle / record.file).stat().st_size
         assert ("winograd" in kernels(bundle).values()) == (growth != "0")
     assert sizes["0"] < sizes["0.05"] <= 1.05 * sizes["0"] + 64 < sizes["10"]
+    assert max(files.values()) < 1.02 * files["0"], "transformed weights do not travel"
+
+
+def test_a_share_of_memory_for_what_is_not_used_is_refused(write_module: WriteModule, tmp_path: Path) -> None:
+    model, bundle = write_module(MODEL), tmp_path / "net.cnncc"
+    flags = ("--no-winograd", "--winograd-growth", "1")
+    outcome = call("compile", f"{model}:build", "--input-shape", "1,3,64,64", "-o", bundle, *flags, code=2)
+    assert "--winograd-growth says nothing with --no-winograd" in outcome.stderr
+    assert not bundle.exists()

@@ -37,7 +37,7 @@ from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.session import FORMATS, engine_mismatch
 from cnncc_runtime.specs import DTYPES, TensorSpec
 from cnncc_runtime.tvm_runtime import ABI, VARIABLE, locate
-from cnncc_runtime.tvm_session import ALIGNMENT, aligned_empty
+from cnncc_runtime.weights import ALIGNMENT, aligned_empty
 from tests.runtime.conftest import HEAVY, WEIGHTY
 from tests.runtime.engine_files import ENGINE, conv_reference, make_bundle, manifest
 
@@ -83,6 +83,44 @@ def test_inputs_of_every_memory_layout_give_the_same(bundle: Make) -> None:
         for other in (x, odd, transposed, frozen, np.repeat(x, 2, axis=3)[..., ::2], x[..., ::-1][..., ::-1]):
             np.testing.assert_array_equal(session.run({"x": other})["y"], wanted)
     np.testing.assert_array_equal(aligned, x)
+
+
+def test_so_do_large_inputs_which_are_not_copied_where_they_need_not_be(bundle: Make) -> None:
+    x = noise(512, 64)
+    aligned = aligned_empty(x.shape, x.dtype)
+    aligned[...] = x
+    odd = np.empty(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
+    odd[...] = x
+    frozen = aligned.copy()
+    frozen.flags.writeable = False
+    with cnncc_runtime.open(bundle("heavy", *HEAVY)) as session:
+        wanted = session.run({"x": aligned})["y"]
+        for other in (x, odd, frozen, np.asfortranarray(x), x[::-1][::-1]):
+            np.testing.assert_array_equal(session.run({"x": other})["y"], wanted)
+    np.testing.assert_array_equal(aligned, x)
+
+
+@pytest.mark.parametrize(
+    "feeds",
+    [
+        {},
+        {"x": np.zeros((1, 3, 16, 16), "d")},
+        {"x": np.zeros((1, 3, 16, 16), ">f4")},
+        {"x": np.zeros((1, 3, 16, 15), "f")},
+        {"x": [[0.0]]},
+        {"x": np.zeros((1, 3, 16, 16), "f"), "z": np.zeros(1, "f")},
+        {"z": np.zeros((1, 3, 16, 16), "f")},
+    ],
+    ids=["missing", "float64", "big-endian", "narrow", "a list", "surplus", "unknown"],
+)
+def test_what_does_not_fit_is_refused_after_what_did(bundle: Make, feeds: Any) -> None:
+    good = {"x": noise(1, 3, 16, 16)}
+    with cnncc_runtime.open(bundle()) as session:
+        wanted = session.run(good)["y"]
+        for _ in range(2):
+            with pytest.raises(DataRefused):
+                session.run(feeds)
+        np.testing.assert_array_equal(session.run(good)["y"], wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,6 +21,7 @@ from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import Measured, MeasureOptions
 from cnncc.targets.llvm.candidates import Candidate, candidates_of
 from cnncc.targets.llvm.compile import import_graphs, policy
+from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.kernel_database import (
     Conditions,
     KernelDatabase,
@@ -114,7 +115,7 @@ def find_layers(graphs: Mapping[str, OnnxGraph], options: MeasureOptions) -> Lay
     policies = {entry: policy(graph, options.build.kernels) for entry, graph in graphs.items()}
     module = import_graphs(graphs, options.build.progress)
     with quiet(), tvm.target.Target(target_options(profile)), tvm.transform.PassContext(opt_level=3):
-        run(run(module, simplify_passes()), layout_passes(recorder, policies))
+        run(run(module, simplify_passes()), layout_passes(recorder, policies, Expansions()))
     return recorder.layers
 
 

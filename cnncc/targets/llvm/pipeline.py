@@ -12,6 +12,7 @@ from tvm import relax
 from cnncc.targets.base import Progress
 from cnncc.targets.llvm.blocked.methods import KernelPolicy
 from cnncc.targets.llvm.blocked.propagate import BlockChannels
+from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.layers import Call, record_origins, replay
 from cnncc.targets.llvm.legalize import legalizers
 from cnncc.targets.llvm.machine import Machine
@@ -51,10 +52,10 @@ def simplify_passes() -> Passes:
     ]
 
 
-def layout_passes(plans: Plans, policies: Mapping[str, KernelPolicy]) -> Passes:
+def layout_passes(plans: Plans, policies: Mapping[str, KernelPolicy], expansions: Expansions) -> Passes:
     """Images in blocks of channels."""
     return [
-        ("block-channels", BlockChannels(plans, policies)),
+        ("block-channels", BlockChannels(plans, policies, expansions)),
         ("remove-unused", relax.transform.DeadCodeElimination()),
     ]
 
@@ -120,9 +121,10 @@ def lower(
         The module and which kernels compute which nodes.
     """
     entries = list(policies)
+    expansions = Expansions()
     with target, tvm.transform.PassContext(opt_level=3):
         module = run(module, simplify_passes())
-        module = run(module, layout_passes(plans or Plans(machine), policies))
+        module = run(module, layout_passes(plans or Plans(machine), policies, expansions))
         module = run(module, legalize_passes(machine))
         origins = {entry: record_origins(module[entry]) for entry in entries}
         module = run(module, fuse_passes())
@@ -130,7 +132,7 @@ def lower(
         module = run(module, merge_passes())
         module, rules = schedule(module, RULES, machine, lambda fraction: progress("schedule kernels", fraction))
         module = run(module, lower_passes())
-        module, weights = separate(module, entries)
+        module, weights = separate(module, entries, expansions)
     kept = {entry: tuple(call for call in calls[entry] if call.kernel in rules) for entry in entries}
     return Lowered(module, kept, rules, weights)
 

@@ -6,9 +6,8 @@ it loads: a network would need four times the memory of its weights, and no two 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import tvm_ffi
 from numpy.typing import NDArray
 from tvm import ir, relax
 
+from cnncc.targets.llvm.expansions import Expanded, Expansions, Key, key_of
 from cnncc_runtime.specs import DTYPES
-from cnncc_runtime.weights import ALIGNMENT, WeightRecord, WeightsRecord
+from cnncc_runtime.weights import ALIGNMENT, Expansion, WeightRecord, WeightsRecord
 
 WEIGHTS = "weights.bin"
 
@@ -34,17 +34,19 @@ class Weights:
     Attributes:
         tensors: Row-major arrays of one of `cnncc_runtime.specs.DTYPES`; no two are equal.
         entries: Entry → positions in ``tensors``, in the order of the parameters after the inputs.
+        expanded: Position in ``tensors`` → what the file holds in its place.
     """
 
     tensors: tuple[NDArray[Any], ...]
     entries: Mapping[str, tuple[int, ...]]
+    expanded: Mapping[int, Expanded] = field(default_factory=dict)
 
     def of(self, entry: str) -> list[NDArray[Any]]:
         """Return what an entry takes after its inputs."""
         return [self.tensors[position] for position in self.entries[entry]]
 
 
-def separate(module: Any, entries: Sequence[str]) -> tuple[Any, Weights]:
+def separate(module: Any, entries: Sequence[str], expansions: Expansions) -> tuple[Any, Weights]:
     """Make large constants parameters.
 
     Run it last: parameters that the lowering passes see get a check of type and shape in every call, and the kernels
@@ -53,32 +55,37 @@ def separate(module: Any, entries: Sequence[str]) -> tuple[Any, Weights]:
     Args:
         module: Relax functions in the virtual machine's form, and kernels.
         entries: Names of the Relax functions.
+        expansions: Which constants are made when the engine is opened.
 
     Returns:
         The module, whose entries take the constants after their inputs in the order of first use, and the constants;
         equal ones of all entries are one.
     """
-    found = _Found()
+    found = _Found(expansions)
     order = {}
     for entry in entries:
         var = module.get_global_var(entry)
         function, order[entry] = _parametrized(module[var], found)
         module.update_func(var, function)
-    return module, Weights(tuple(found.tensors), order)
+    return module, Weights(tuple(found.tensors), order, found.expanded)
 
 
 class _Found:
     """Constants met so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, expansions: Expansions) -> None:
         self.tensors: list[NDArray[Any]] = []
-        self._positions: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+        self.expanded: dict[int, Expanded] = {}
+        self._expansions = expansions
+        self._positions: dict[Key, int] = {}
 
     def position(self, array: NDArray[Any]) -> int:
         """Return where an array stands among the tensors; it is added where no equal one is there."""
-        key = (array.dtype.name, array.shape, hashlib.sha256(array.data).digest())
+        key = key_of(array)
         if key not in self._positions:
             self._positions[key] = len(self.tensors)
+            if (expanded := self._expansions.find(key)) is not None:
+                self.expanded[len(self.tensors)] = expanded
             self.tensors.append(array)
         return self._positions[key]
 
@@ -124,11 +131,15 @@ def write_weights(weights: Weights, entries: Mapping[int, str], path: Path) -> W
     """
     if not weights.tensors:
         return None
+    matrices = {expanded.matrix.tobytes(): expanded.matrix for expanded in weights.expanded.values()}
+    places = {content: len(weights.tensors) + number for number, content in enumerate(matrices)}
     records = []
     with path.open("wb") as file:
-        for array in weights.tensors:
+        for position, array in enumerate([*weights.tensors, *matrices.values()]):
             file.write(bytes(-file.tell() % ALIGNMENT))
-            records.append(WeightRecord(file.tell(), array.shape, array.dtype.name))
-            file.write(array.data)
+            expanded = weights.expanded.get(position)
+            made = Expansion(places[expanded.matrix.tobytes()], len(expanded.stored)) if expanded else None
+            records.append(WeightRecord(file.tell(), array.shape, array.dtype.name, made))
+            file.write((expanded.stored if expanded else array).data)
     taken = {batch: weights.entries[entry] for batch, entry in entries.items()}
     return WeightsRecord(path.name, tuple(records), taken)

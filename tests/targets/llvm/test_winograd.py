@@ -16,6 +16,7 @@ from tvm import relax
 from cnncc.targets.llvm.blocked.geometry import blocked_shape, pack_channels
 from cnncc.targets.llvm.blocked.transforms import transform_of
 from cnncc.targets.llvm.blocked.winograd import winograd_conv2d
+from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.machine import Machine, machine_of
 from cnncc.targets.llvm.rules import ConvShape
 from cnncc.targets.llvm.schedule.rules import RULES
@@ -52,7 +53,7 @@ class Case:
         """Return what emits the convolution and what follows it."""
 
         def call(builder: Any, machine: Machine, data: Any, residual: Any) -> Any:
-            done = builder.emit(winograd_conv2d(builder, data, self.weight, self.shape, plan, machine))
+            done = builder.emit(winograd_conv2d(builder, data, self.weight, self.shape, plan, machine, Expansions()))
             if tail == "bias and relu":
                 return relax.op.nn.relu(builder.emit(relax.op.add(done, per_channel(self.bias, machine))))
             if tail == "residual":
@@ -196,7 +197,9 @@ def test_the_products_spill_nothing(name: str, isa: str) -> None:
     plan = winograd_plan(shape, machine, 4)
     assert plan is not None
     data = blocked_shape((1, channels, extent, extent), machine.block)
-    text = kernel_assembly(profile, data, lambda builder, x, m: winograd_conv2d(builder, x, weight, shape, plan, m))
+    text = kernel_assembly(
+        profile, data, lambda builder, x, m: winograd_conv2d(builder, x, weight, shape, plan, m, Expansions())
+    )
     vectors = plan.panel * machine.block // machine.lanes
     hot = [loop for loop in inner_loops(text) if loop.multiply_adds >= (plan.pixels - 1) * vectors and not loop.stores]
     assert hot, "no inner loop holds the register tile"

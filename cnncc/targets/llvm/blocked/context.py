@@ -12,6 +12,7 @@ from tvm import ir, relax
 from cnncc.targets.llvm.blocked.channels import gather
 from cnncc.targets.llvm.blocked.image import Channels, Image, Value, dims_of
 from cnncc.targets.llvm.blocked.transform import pack, unpack
+from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.importer import node_index
 from cnncc.targets.llvm.plans import Plans
 from cnncc.targets.llvm.winograd_rules import WinogradPlan
@@ -27,16 +28,23 @@ class Context:
         methods: Call of the graph → how its convolution uses Winograd's method.
         values: Variable of the graph → what it became.
         constants: Variable of the graph → the constant it is bound to.
+        expansions: Which constants are made when the engine is opened.
 
     Args:
         builder: Relax block builder.
         plans: Knobs of kernels.
         methods: Call of the graph → how its convolution uses Winograd's method.
         names: Variable of the graph → the name of its node; see `names_of`.
+        expansions: Where such constants are noted.
     """
 
     def __init__(
-        self, builder: Any, plans: Plans, methods: Mapping[Any, WinogradPlan], names: Mapping[Any, str]
+        self,
+        builder: Any,
+        plans: Plans,
+        methods: Mapping[Any, WinogradPlan],
+        names: Mapping[Any, str],
+        expansions: Expansions,
     ) -> None:
         self.builder = builder
         self.plans = plans
@@ -44,6 +52,7 @@ class Context:
         self.methods = methods
         self.values: dict[Any, Value] = {}
         self.constants: dict[Any, Any] = {}
+        self.expansions = expansions
         self._names = names
 
     @property

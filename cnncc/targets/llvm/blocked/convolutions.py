@@ -105,7 +105,9 @@ def convolve(context: Context, data: Any, spec: Convolution, order: str, name: s
     inputs, outputs = weight.shape[1], weight.shape[0] // groups
     shape = _shape(spec, dims, (inputs, outputs), groups, blocked=not few)
     if spec.winograd is not None and applies(shape, context.machine):
-        call = winograd_conv2d(context.builder, operand, weight, shape, spec.winograd, context.machine)
+        call = winograd_conv2d(
+            context.builder, operand, weight, shape, spec.winograd, context.machine, context.expansions
+        )
     else:
         call = conv2d(context.builder, operand, weight, shape, context.machine, context.plans.direct(shape))
     return context.result(call, result, order, name)

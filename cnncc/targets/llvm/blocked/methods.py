@@ -23,7 +23,7 @@ class KernelPolicy:
     Attributes:
         winograd: Whether any convolution may use Winograd's method.
         direct: Indices of the ONNX nodes that must not.
-        growth: What transformed weights may add to the function's weights, as a share of them.
+        growth: What transformed weights may add to the memory of the function's weights, as a share of them.
     """
 
     winograd: bool = True

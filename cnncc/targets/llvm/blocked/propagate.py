@@ -24,6 +24,7 @@ from cnncc.targets.llvm.blocked.shapes import permute, reshape
 from cnncc.targets.llvm.blocked.transposed import transposed_convolution
 from cnncc.targets.llvm.blocked.wants import variables, wanted_blocked
 from cnncc.targets.llvm.blocked.windows import pool, reduce_pixels
+from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.layers import bindings_of
 from cnncc.targets.llvm.plans import Plans
 
@@ -68,11 +69,13 @@ class BlockChannels:
     Args:
         plans: Knobs of kernels; their machine's `block` is the number of channels that lie side by side.
         policies: Function's name → what its kernels must heed; nothing where it is missing.
+        expansions: Takes the constants that are made when the engine is opened.
     """
 
-    def __init__(self, plans: Plans, policies: Mapping[str, KernelPolicy]) -> None:
+    def __init__(self, plans: Plans, policies: Mapping[str, KernelPolicy], expansions: Expansions) -> None:
         self._plans = plans
         self._policies = policies
+        self._expansions = expansions
 
     def transform_module(self, module: Any, _context: Any) -> Any:
         """Rewrite the functions of one data-flow block each, of static shapes; others stay as they are."""
@@ -82,7 +85,7 @@ class BlockChannels:
                 policy = self._policies.get(str(var.name_hint), KernelPolicy())
                 methods = choose_methods(function, self._plans, policy)
                 names = names_of(list(bindings_of(function)))
-                context = Context(builder, self._plans, methods, names)
+                context = Context(builder, self._plans, methods, names, self._expansions)
                 builder.update_func(var, _Rewriter(context).rewrite(function))
         return builder.get()
 

@@ -91,18 +91,10 @@ class Transform:
             found.append(_linear([row[0], row[-1], *(row[1 + 2 * k] for k in pairs)], values))
         return found
 
-    def weights(self, weight: NDArray[Any]) -> NDArray[np.float32]:
-        """Return G g Gᵀ, computed in float64 and rounded once.
-
-        Args:
-            weight: ``[…, 3, 3]``.
-
-        Returns:
-            ``[…, m + 2, m + 2]``.
-        """
-        matrix = np.array(self.kernel)
-        transformed: NDArray[np.float32] = (matrix @ weight.astype("float64") @ matrix.T).astype("float32")
-        return transformed
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """G ⊗ G, ``[frequencies, taps]``: G g Gᵀ of a kernel whose rows follow each other."""
+        return np.kron(np.array(self.kernel), np.array(self.kernel))
 
 
 @cache

@@ -11,6 +11,7 @@ from tvm import relax, te, tirx
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.blocked.transforms import Matrix, transform_of
+from cnncc.targets.llvm.expansions import Expanded, Expansions
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.rules import ConvShape
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
@@ -19,7 +20,13 @@ from cnncc.targets.llvm.winograd_rules import WinogradPlan
 
 
 def winograd_conv2d(
-    builder: Any, data: Any, weight: NDArray[Any], shape: ConvShape, plan: WinogradPlan, machine: Machine
+    builder: Any,
+    data: Any,
+    weight: NDArray[Any],
+    shape: ConvShape,
+    plan: WinogradPlan,
+    machine: Machine,
+    expansions: Expansions,
 ) -> Any:
     """Return the call that convolves by Winograd's method.
 
@@ -30,37 +37,36 @@ def winograd_conv2d(
         shape: The convolution; `winograd_rules.applies` to it.
         plan: Knobs.
         machine: What the kernel is for.
+        expansions: Where the transformed weights are noted.
 
     Returns:
         A call of type ``[n, ⌈c / b⌉, h, w, b]``.
     """
-    transformed = relax.const(transform_weights(weight, shape, plan, machine))
+    expanded = expanded_weights(weight, shape, plan, machine)
+    transformed = relax.const(expansions.add(expanded, transformed_shape(shape, plan, machine)))
     return builder.call_te(
         definition(shape, plan, machine), data, transformed, primfunc_name_hint="winograd", primfunc_attrs=FUSES
     )
 
 
-def transform_weights(
-    weight: NDArray[Any], shape: ConvShape, plan: WinogradPlan, machine: Machine
-) -> NDArray[np.float32]:
-    """Return weights as ``[row, input channel, output channel of a panel]``, outputs zero-padded.
+def expanded_weights(weight: NDArray[Any], shape: ConvShape, plan: WinogradPlan, machine: Machine) -> Expanded:
+    """Return weights for the kernel, outputs zero-padded; opening the engine transforms them.
 
     The kernel reads them from first to last: rows are frequencies of panels of groups, or, where stages are separate
     regions, panels of groups of frequencies. Input channels are not padded: lanes after the last one hold anything.
     """
-    transform = transform_of(plan.size)
     outer = plan.panel * machine.block
     panels = blocks_of(shape.outputs, outer)
-    parts = transform.weights(weight).reshape(shape.groups, shape.outputs, shape.inputs, transform.frequencies)
-    full = np.zeros((shape.groups, panels * outer, shape.inputs, transform.frequencies), "float32")
-    full[:, : shape.outputs] = parts
-    split = full.reshape(shape.groups * panels, outer, shape.inputs, transform.frequencies)
+    full = np.zeros((shape.groups, panels * outer, shape.inputs, shape.taps), "float32")
+    full[:, : shape.outputs] = weight.reshape(shape.groups, shape.outputs, shape.inputs, shape.taps)
+    split = full.reshape(shape.groups * panels, outer, shape.inputs, shape.taps)
     ordered = split.transpose(3, 0, 2, 1) if plan.staged else split.transpose(0, 3, 2, 1)
-    return np.ascontiguousarray(ordered).reshape(-1, shape.inputs, outer)
+    parts = 1 if plan.staged else shape.groups * panels
+    return Expanded(transform_of(plan.size).weights, np.ascontiguousarray(ordered).reshape(parts, shape.taps, -1))
 
 
 def transformed_shape(shape: ConvShape, plan: WinogradPlan, machine: Machine) -> tuple[int, int, int]:
-    """Return the shape of what `transform_weights` returns."""
+    """Return the shape of transformed weights: ``[row, input channel, output channel of a panel]``."""
     outer = plan.panel * machine.block
     rows = transform_of(plan.size).frequencies * shape.groups * blocks_of(shape.outputs, outer)
     return rows, shape.inputs, outer
