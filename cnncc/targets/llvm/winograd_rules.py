@@ -21,6 +21,8 @@ _NEAR = 32.0
 """Bytes that a core takes from L2 in a cycle."""
 _FAR = 8.0
 """Bytes that a core takes from beyond L2 in a cycle, a prefetched stream."""
+_NEIGHBOUR = 16.0
+"""Bytes that a core takes from what lies in other cores' L2 in a cycle."""
 _ISSUE = 1.7
 """Vector instructions that a core completes in a cycle of a transform: loads, stores and sums mixed."""
 _LATENCY = 4
@@ -36,8 +38,8 @@ gain little; the time differs by less than could be measured.
 """
 _COLLECT = 0.75
 """Cycles to clear and to collect a vector of sums, beside the steps of other register tiles."""
-_REGION = 3000.0
-"""Cycles that it takes to share out a region and to wait for the last: 1 µs."""
+_REGION = 1000.0
+"""Cycles that it takes to share out a region and to wait for the last: a third of a microsecond."""
 _DIRECT = 0.88
 """Share of peak speed that the direct method reaches."""
 _MARGIN = 0.93
@@ -314,7 +316,8 @@ def _staged(plan: WinogradPlan, shape: ConvShape, machine: Machine) -> float:
     stream = _weight_bytes(shape, machine, plan) / _FAR / machine.cores
     spread, products = _scratch_bytes(plan, shape, machine, tiles)
     products *= panels // shape.groups
-    speed = _NEAR if spread + products <= machine.l2 // 2 and machine.cores == 1 else _FAR
+    beside = _NEAR if machine.cores == 1 else _NEIGHBOUR
+    speed = beside if spread + products <= machine.cores * machine.l2 // 2 else _FAR
     moved = 2 * shape.groups * (spread + products) / speed / machine.cores
     transforms = tiles * shape.groups * _transform_cycles(plan, shape, machine) / machine.cores
     return max(sums, stream) + transforms + moved + 3 * _REGION * (machine.cores > 1)
