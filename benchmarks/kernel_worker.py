@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnncc_runtime.bundle import Bundle, read_bundle
-from cnncc_runtime.weights import map_weights
+from cnncc_runtime.weights import MappedWeights
 
 SAMPLE_S = 2e-3
 """Least length of a sample: calls are repeated until it is reached, so that the clock's resolution does not show."""
@@ -102,7 +102,7 @@ class _Calls:
         engine = bundle.manifest.engine
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(bundle.open(engine.weights.file)) if engine.weights else None
-            weights = map_weights(file, engine.weights) if file and engine.weights else ()
+            weights = MappedWeights(file, engine.weights) if file and engine.weights else ()
         batch, entry = next(iter(engine.entries.items()))
         taken = engine.weights.entries.get(batch, ()) if engine.weights else ()
         self._arguments = [tvm.runtime.tensor(feeds[spec.name]) for spec in bundle.manifest.inputs]

@@ -17,7 +17,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -33,7 +33,7 @@ from cnncc_runtime.engine_threads import Launcher, Pool
 from cnncc_runtime.errors import BundleRefused, DataRefused, EngineMismatch, RunFailed
 from cnncc_runtime.session import engine_mismatch
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec, check_feeds
-from cnncc_runtime.weights import ALIGNMENT, aligned_empty, map_weights
+from cnncc_runtime.weights import ALIGNMENT, MappedWeights, aligned_empty
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,8 +83,7 @@ class TvmSession:
             machine["vm_initialization"](_CPU, 0, _POOLED)
             arity = machine["get_function_arity"]
             entries = {
-                batch: _Entry(machine[name], [engine.weights[position] for position in taken.get(batch, ())])
-                for batch, name in record.entries.items()
+                batch: _Entry(machine[name], engine, taken.get(batch, ())) for batch, name in record.entries.items()
             }
             wanted = {batch: int(arity(name)) for batch, name in record.entries.items()}
         except Exception as exc:  # whatever TVM raises: there is no other boundary
@@ -92,7 +91,7 @@ class TvmSession:
                 f"the engine cannot be started: {first_line(exc)}", hint="build the bundle again"
             ) from exc
         for batch, entry in entries.items():
-            given = len(self._inputs) + len(entry.weights)
+            given = len(self._inputs) + len(entry.taken)
             if given != wanted[batch]:
                 raise BundleRefused(
                     f"the engine's '{record.entries[batch]}' takes {wanted[batch]} inputs and weights, the manifest "
@@ -145,7 +144,7 @@ class TvmSession:
         entry = self._entries[batch]
         try:
             inputs = entry.tensors(self._runtime, feeds)
-            result = entry.function(*inputs, *entry.weights)
+            result = entry.function(*inputs, *entry.weights(self._runtime))
             found = (result,) if hasattr(result, "__dlpack__") else tuple(result)
             # copies: an engine may return a weight, an input, or memory that the next run reuses
             arrays = [np.array(np.from_dlpack(tensor)) for tensor in found]
@@ -263,12 +262,23 @@ def _signature(arrays: Sequence[NDArray[Any]]) -> tuple[Any, ...]:
 
 
 class _Entry:
-    """A function of the engine, its weights, and buffers for inputs that cannot be handed over as they are."""
+    """A function of the engine, its weights, and buffers for inputs that cannot be handed over as they are.
 
-    def __init__(self, function: Any, weights: Sequence[Any]) -> None:
+    Weights that are expanded take their memory when the function first runs: of several batch sizes, few may be used.
+    """
+
+    def __init__(self, function: Any, engine: _Engine, taken: Sequence[int]) -> None:
         self.function = function
-        self.weights = weights
+        self.taken = taken
+        self._engine = engine
+        self._weights: list[Any] | None = None
         self._buffers: dict[int, tuple[NDArray[Any], Any]] = {}
+
+    def weights(self, runtime: tvm_runtime.TvmRuntime) -> list[Any]:
+        """Return what the function takes after its inputs."""
+        if self._weights is None:
+            self._weights = [self._engine.tensor(runtime, position) for position in self.taken]
+        return self._weights
 
     def tensors(self, runtime: tvm_runtime.TvmRuntime, arrays: Sequence[NDArray[Any]]) -> list[Any]:
         """Return the engine's view of the inputs, copying what is small or not aligned, contiguous and writable."""
@@ -294,7 +304,16 @@ class _Engine:
 
     module: Any
     launcher: Launcher
-    weights: tuple[Any, ...]
+    weights: MappedWeights | None
+    _tensors: dict[int, Any] = field(default_factory=dict)
+
+    def tensor(self, runtime: tvm_runtime.TvmRuntime, position: int) -> Any:
+        """Return the engine's view of one of the weights."""
+        found = self._tensors.get(position)
+        if found is None:
+            assert self.weights is not None  # the manifest's positions were checked against them
+            found = self._tensors.setdefault(position, runtime.from_dlpack(self.weights[position]))
+        return found
 
 
 _engines: weakref.WeakValueDictionary[tuple[Any, ...], _Engine] = weakref.WeakValueDictionary()
@@ -311,8 +330,8 @@ def _shared_engine(runtime: tvm_runtime.TvmRuntime, bundle: Bundle, file: Binary
         with _engines_lock:
             engine = _engines.get(key)
             if engine is None:
-                arrays = map_weights(weights, record) if weights and record else ()
-                engine = _engines[key] = _Engine(*_module(runtime, file), tuple(map(runtime.from_dlpack, arrays)))
+                mapped = MappedWeights(weights, record) if weights and record else None
+                engine = _engines[key] = _Engine(*_module(runtime, file), mapped)
             return engine
 
 

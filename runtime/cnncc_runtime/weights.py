@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -32,7 +32,7 @@ _PIECE = 4096
 
 @dataclass(frozen=True)
 class Expansion:
-    """How a tensor is made of what the file holds, when the bundle is opened: a matrix times each part.
+    """How a tensor is made of what the file holds, when it is first needed: a matrix times each part.
 
     Winograd's weights are a linear map of a convolution's, up to four times as large: they need not travel.
 
@@ -134,28 +134,63 @@ class WeightsRecord:
         return rows <= _MAX_EXPANSION * columns and math.prod(tensor.shape) % (made.parts * rows) == 0
 
 
-def map_weights(file: BinaryIO, record: WeightsRecord) -> tuple[NDArray[Any], ...]:
-    """Map the file into memory, and make what has to be made of it.
+class MappedWeights:
+    """The tensors of a file that is mapped into memory.
+
+    A tensor lies in the mapped file, which stays mapped as long as one of them is there; or, where it is expanded, in
+    memory of its own from when it is first asked for. All can be written to, since DLPack carries no read-only arrays;
+    what is written is private to the process.
 
     Args:
         file: The file, verified; it may be closed afterwards, but not rewritten in place.
         record: As the manifest has it, checked against the file's size.
 
-    Returns:
-        An array per tensor, over the mapped file, which stays mapped as long as one of them is there, or of its own
-        memory where it is expanded. They can be written to, since DLPack carries no read-only arrays; what is written
-        is private to the process.
-
     Raises:
-        BundleRefused: The file cannot be mapped, or memory does not suffice.
+        BundleRefused: The file cannot be mapped.
     """
-    try:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return tuple(_loaded(mapped, record, tensor) for tensor in record.tensors)
-    except (OSError, ValueError, MemoryError) as exc:
-        raise BundleRefused(
-            f"'{record.file}' cannot be mapped into memory: {exc}", hint="copy the bundle to a local disk"
-        ) from exc
+
+    def __init__(self, file: BinaryIO, record: WeightsRecord) -> None:
+        self._record = record
+        self._made: dict[int, NDArray[Any]] = {}
+        try:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as exc:
+            raise BundleRefused(
+                f"'{record.file}' cannot be mapped into memory: {exc}", hint="copy the bundle to a local disk"
+            ) from exc
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._record.tensors)
+
+    def __getitem__(self, position: int) -> NDArray[Any]:
+        """Return a tensor.
+
+        Raises:
+            MemoryError: There is none left to expand it into.
+        """
+        tensor = self._record.tensors[position]
+        dtype = np.dtype(tensor.dtype)
+        count = self._record.stored(tensor) // dtype.itemsize
+        stored = np.frombuffer(self._mapped, dtype, count, tensor.offset)
+        if tensor.expansion is None:
+            return stored.reshape(tensor.shape)
+        made = self._made.get(position)
+        if made is None:  # whoever comes second at the same time makes it in vain
+            made = self._made.setdefault(position, self._expanded(tensor, tensor.expansion, stored))
+        return made
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        """Return every tensor in turn."""
+        return (self[position] for position in range(len(self)))
+
+    def _expanded(self, tensor: WeightRecord, made: Expansion, stored: NDArray[Any]) -> NDArray[Any]:
+        matrix = self[made.matrix]
+        rows, columns = matrix.shape
+        found = aligned_empty(tensor.shape, stored.dtype)
+        expand(matrix, stored.reshape(made.parts, columns, -1), found.reshape(made.parts, rows, -1))
+        _forget(self._mapped, tensor.offset, stored.nbytes)
+        return found
 
 
 def expand(matrix: NDArray[np.float64], stored: NDArray[Any], into: NDArray[Any]) -> None:
@@ -178,20 +213,6 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _loaded(mapped: mmap.mmap, record: WeightsRecord, tensor: WeightRecord) -> NDArray[Any]:
-    dtype = np.dtype(tensor.dtype)
-    stored = np.frombuffer(mapped, dtype, record.stored(tensor) // dtype.itemsize, tensor.offset)
-    made = tensor.expansion
-    if made is None:
-        return stored.reshape(tensor.shape)
-    matrix = _loaded(mapped, record, record.tensors[made.matrix])
-    rows, columns = matrix.shape
-    loaded = aligned_empty(tensor.shape, dtype)
-    expand(matrix, stored.reshape(made.parts, columns, -1), loaded.reshape(made.parts, rows, -1))
-    _forget(mapped, tensor.offset, stored.nbytes)
-    return loaded
 
 
 def _forget(mapped: mmap.mmap, start: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Weights that are made when a bundle is opened: what comes out, what is refused, and whose memory it is."""
+"""Weights that are made when an engine first runs: what comes out, what is refused, and whose memory it is."""
 
 from __future__ import annotations
 

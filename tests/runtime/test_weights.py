@@ -19,7 +19,7 @@ from cnncc_runtime.bundle import MANIFEST, EngineRecord, read_bundle
 from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import BundleRefused, RunFailed
 from cnncc_runtime.tvm_runtime import ABI
-from cnncc_runtime.weights import ALIGNMENT, WeightRecord, WeightsRecord, map_weights
+from cnncc_runtime.weights import ALIGNMENT, MappedWeights, WeightRecord, WeightsRecord
 from tests.runtime.conftest import WEIGHTY
 from tests.runtime.engine_files import (
     ENGINE,
@@ -160,7 +160,7 @@ def test_a_file_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     record = WeightsRecord("empty", (WeightRecord(0, (16,), "float32"),), {0: (0,)})
     with (tmp_path / "empty").open("rb") as file, pytest.raises(BundleRefused, match="'empty' cannot be mapped"):
-        map_weights(file, record)
+        MappedWeights(file, record)
 
 
 def test_a_file_cannot_be_engine_and_weights_at_once(engines: Path, tmp_path: Path) -> None:

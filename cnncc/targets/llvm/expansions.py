@@ -1,4 +1,4 @@
-"""Constants that an engine makes when it is opened: a matrix times what its file of weights holds."""
+"""Constants that an engine makes when it first runs: a matrix times what its file of weights holds."""
 
 from __future__ import annotations
 

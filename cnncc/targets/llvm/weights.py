@@ -55,7 +55,7 @@ def separate(module: Any, entries: Sequence[str], expansions: Expansions) -> tup
     Args:
         module: Relax functions in the virtual machine's form, and kernels.
         entries: Names of the Relax functions.
-        expansions: Which constants are made when the engine is opened.
+        expansions: Which constants are made when the engine first runs.
 
     Returns:
         The module, whose entries take the constants after their inputs in the order of first use, and the constants;

@@ -16,7 +16,7 @@ from cnncc.targets.base import Engine, Profile
 from cnncc.targets.devices import named, resolve_profile
 from cnncc.targets.llvm.quiet import quiet
 from cnncc_runtime.engine_threads import Pool
-from cnncc_runtime.weights import map_weights
+from cnncc_runtime.weights import MappedWeights
 
 if TYPE_CHECKING:
     from cnncc.targets.llvm.loading import Loaded
@@ -58,7 +58,7 @@ def _weights(engine: Engine, entry: str) -> list[NDArray[Any]]:
     if record is None:
         return []
     with engine.payload.with_name(record.file).open("rb") as file:
-        tensors = map_weights(file, record)
+        tensors = MappedWeights(file, record)
     batch = next(batch for batch, name in engine.record.entries.items() if name == entry)
     return [tensors[position] for position in record.entries[batch]]
 

@@ -21,7 +21,7 @@ from cnncc.targets.llvm.target import ENGINE, LlvmTarget
 from cnncc.targets.llvm.weights import LEAST, WEIGHTS, Weights, write_weights
 from cnncc_runtime.bundle import read_bundle, write_bundle
 from cnncc_runtime.errors import RunFailed
-from cnncc_runtime.weights import ALIGNMENT, WeightRecord, map_weights
+from cnncc_runtime.weights import ALIGNMENT, MappedWeights, WeightRecord
 from tests.runtime.engine_files import manifest
 from tests.targets.conformance import feeds_of, graph_of
 
@@ -91,7 +91,7 @@ def test_equal_constants_are_stored_once_in_one_entry_and_across_entries(tmp_pat
     record = engine.record.weights
     assert record is not None
     with (tmp_path / WEIGHTS).open("rb") as file:
-        stored = {array.tobytes() for array in map_weights(file, record)}
+        stored = {array.tobytes() for array in MappedWeights(file, record)}
     assert len(record.tensors) == 3
     assert stored == {row(seed).tobytes() for seed in range(3)}
     assert {frozenset(taken) for taken in record.entries.values()} == {frozenset(range(3))}
@@ -124,7 +124,7 @@ def test_tensors_of_every_type_are_read_back_from_aligned_places(tmp_path: Path)
     assert all(tensor.offset % ALIGNMENT == 0 for tensor in record.tensors)
     assert not record.problem((tmp_path / WEIGHTS).stat().st_size, [0])
     with (tmp_path / WEIGHTS).open("rb") as file:
-        mapped = map_weights(file, record)
+        mapped = MappedWeights(file, record)
     for array, wanted in zip(mapped, arrays, strict=True):
         assert array.ctypes.data % ALIGNMENT == 0
         assert array.dtype == wanted.dtype

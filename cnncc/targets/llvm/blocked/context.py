@@ -28,7 +28,7 @@ class Context:
         methods: Call of the graph → how its convolution uses Winograd's method.
         values: Variable of the graph → what it became.
         constants: Variable of the graph → the constant it is bound to.
-        expansions: Which constants are made when the engine is opened.
+        expansions: Which constants are made when the engine first runs.
 
     Args:
         builder: Relax block builder.

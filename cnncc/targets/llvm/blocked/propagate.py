@@ -69,7 +69,7 @@ class BlockChannels:
     Args:
         plans: Knobs of kernels; their machine's `block` is the number of channels that lie side by side.
         policies: Function's name → what its kernels must heed; nothing where it is missing.
-        expansions: Takes the constants that are made when the engine is opened.
+        expansions: Takes the constants that are made when the engine first runs.
     """
 
     def __init__(self, plans: Plans, policies: Mapping[str, KernelPolicy], expansions: Expansions) -> None:

@@ -50,7 +50,7 @@ def winograd_conv2d(
 
 
 def expanded_weights(weight: NDArray[Any], shape: ConvShape, plan: WinogradPlan, machine: Machine) -> Expanded:
-    """Return weights for the kernel, outputs zero-padded; opening the engine transforms them.
+    """Return weights for the kernel, outputs zero-padded; the engine's first run transforms them.
 
     The kernel reads them from first to last: rows are frequencies of panels of groups, or, where stages are separate
     regions, panels of groups of frequencies. Input channels are not padded: lanes after the last one hold anything.
