@@ -1,4 +1,4 @@
-"""How register tiles cover the pixels of an image."""
+"""How register tiles cover the pixels of an image, or the tiles of Winograd's method."""
 
 from __future__ import annotations
 
@@ -44,3 +44,9 @@ class Tiling:
     def count(self) -> int:
         """All tiles."""
         return -(-self.rows * self.wide // self.columns) if self.joined else self.rows * self.across
+
+
+def groups_of(tiles: int, most: int) -> list[int]:
+    """Split Winograd's tiles into groups of a register tile as evenly as possible, larger ones first."""
+    count = -(-tiles // most)
+    return [tiles // count + (number < tiles % count) for number in range(count)]

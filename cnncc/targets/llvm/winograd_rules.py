@@ -14,6 +14,7 @@ from cnncc.targets.llvm.blocked.geometry import blocks_of
 from cnncc.targets.llvm.blocked.transforms import transform_of
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.rules import ConvShape, most_pixels
+from cnncc.targets.llvm.tiling import groups_of
 
 Layer = TypeVar("Layer")
 
@@ -268,12 +269,6 @@ def _register_tile(tiles: int, blocks: int, machine: Machine) -> tuple[int, int]
         if cost < best_cost * 0.999:
             best, best_cost = (ceil(tiles / groups), panel), cost
     return best
-
-
-def groups_of(tiles: int, most: int) -> list[int]:
-    """Split tiles into groups of a register tile as evenly as possible, larger ones first."""
-    count = ceil(tiles / most)
-    return [tiles // count + (number < tiles % count) for number in range(count)]
 
 
 def step_cycles(pixels: int, vectors: int) -> float:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from cnncc.targets.llvm.machine import Machine, machine_of
 from cnncc.targets.llvm.rules import ConvShape
+from cnncc.targets.llvm.tiling import groups_of
 from cnncc.targets.llvm.winograd_rules import (
     NETWORK_LIMIT,
     WinogradPlan,
     candidates,
     choose_winograd,
-    groups_of,
     network_factor,
     winograd_plan,
     winograd_plans,

@@ -10,7 +10,8 @@ from tvm import tirx
 
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.register_tile import RegisterTile
-from cnncc.targets.llvm.winograd_rules import WinogradPlan, groups_of
+from cnncc.targets.llvm.tiling import groups_of
+from cnncc.targets.llvm.winograd_rules import WinogradPlan
 
 _LINE = 16
 """Floats of a cache line."""
