@@ -16,7 +16,7 @@ from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.layers import Call, record_origins, replay
 from cnncc.targets.llvm.legalize import legalizers
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.passes import FoldConstantLayout
+from cnncc.targets.llvm.passes import FoldConstants
 from cnncc.targets.llvm.plans import Plans
 from cnncc.targets.llvm.schedule.driver import schedule
 from cnncc.targets.llvm.schedule.rules import RULES
@@ -46,7 +46,7 @@ def simplify_passes() -> Passes:
     """Operators to simpler operators."""
     return [
         ("decompose", relax.transform.DecomposeOpsForInference()),
-        ("fold-layout", FoldConstantLayout()),
+        ("fold-constants", FoldConstants()),
         ("share-common", relax.transform.EliminateCommonSubexpr()),
         ("remove-unused", relax.transform.DeadCodeElimination()),
     ]

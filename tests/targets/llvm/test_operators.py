@@ -18,7 +18,7 @@ from cnncc.targets.base import BuildOptions
 from cnncc.targets.devices import resolve_profile
 from cnncc.targets.llvm.target import LlvmTarget
 from tests.targets.conformance import feeds_of, graph_of
-from tests.targets.llvm.running import run_engine
+from tests.targets.llvm.running import kernels_of, run_engine, run_graph
 
 X = [1, 6, 9, 11]
 RNG = np.random.default_rng(3)
@@ -177,3 +177,34 @@ def test_swish_of_operator_set_24_computes_what_onnx_runtime_computes(tmp_path: 
     feeds = feeds_of(graph)
     (got,) = run_engine(engine, "main", list(feeds.values()))
     np.testing.assert_allclose(got, Reference(graph).run(feeds)["y"], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "multiplies"),
+    [
+        (np.float32(np.sqrt(2)), True),
+        (floats(-3, 0.1, 7e30, 1e-30, 5, 1).reshape(6, 1, 1), True),
+        (floats(3, 0, 1, 2, 5, 1).reshape(6, 1, 1), False),
+        (np.float32(np.inf), False),
+        (np.float32(np.nan), False),
+        (np.float32(1e-40), False),
+        (np.float32(3e38), False),
+    ],
+    ids=["a number", "channels", "zero", "infinity", "nan", "subnormal", "huge"],
+)
+def test_a_division_by_constants_multiplies_where_that_gives_the_same(divisor: Any, multiplies: bool) -> None:
+    graph = graph_of_case(("Div", [X, divisor], {}))
+    assert ("multiply" in kernels_of(graph)[0]) == multiplies
+    x = np.random.default_rng(0).standard_normal(X).astype("float32")
+    x.flat[:6] = [0, -0.0, np.inf, -np.inf, np.nan, 1e-42]
+    (got,) = run_graph(graph, {"i0": x})
+    want = Reference(graph).run({"i0": x})["y"]
+    np.testing.assert_allclose(got, want, rtol=1.5e-7, atol=2e-45)
+
+
+def test_a_division_of_integers_stays_one() -> None:
+    node = helper.make_node("Div", ["x", "c"], ["y"], "the_node")
+    divisor = numpy_helper.from_array(ints(3), "c")
+    graph = graph_of([node], {"x": (TensorProto.INT64, [6])}, {"y": (TensorProto.INT64, [6])}, [divisor])
+    (got,) = run_graph(graph, {"x": ints(7, 8, 9, -7, -8, 0)})
+    np.testing.assert_array_equal(got, [2, 2, 3, -2, -2, 0])
