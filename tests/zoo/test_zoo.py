@@ -15,8 +15,9 @@ import cnncc_runtime
 from cnncc.compiler.cache import Cache
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.pipeline import Compiled, CompileRequest, compile
+from cnncc.targets.base import KernelOptions
 from cnncc.targets.devices import resolve_profile
-from cnncc_runtime.bundle import PARITY
+from cnncc_runtime.bundle import PARITY, REFERENCE
 from tests.zoo.factories import TORCHVISION, reference
 
 QUICK = (
@@ -115,7 +116,10 @@ def test_a_network_takes_the_memory_of_its_weights_once(tmp_path: Path) -> None:
     record = bundle.manifest.engine.weights
     assert record is not None
     weights = bundle.manifest.files[record.file].size
-    assert weights > 40 << 20
+    assert 40 << 20 < weights < 1.02 * bundle.file(REFERENCE).stat().st_size, "transformed weights do not travel"
     assert bundle.manifest.files[bundle.manifest.engine.file].size < 2 << 20, "the engine file is code alone"
+    [positions] = record.entries.values()
+    taken = sum(record.tensors[position].nbytes for position in positions)
+    assert weights < taken <= (1.01 + KernelOptions.growth) * weights
     done = subprocess.run([sys.executable, "-c", PEAK, str(bundle.path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.3 * weights
+    assert int(done.stdout) < 1.3 * taken
