@@ -66,7 +66,7 @@ class Session(Protocol):
         ...
 
     def run(self, feeds: Feeds) -> Tensors:
-        """Run the engine once.
+        """Run the engine once. The first run of a batch size takes longer: some weights are made of the file then.
 
         Args:
             feeds: Input name → array; contiguous arrays of more than 64 KiB at 64-byte addresses are not copied.

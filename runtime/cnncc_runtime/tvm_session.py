@@ -143,8 +143,15 @@ class TvmSession:
     def _call(self, batch: int, feeds: Sequence[NDArray[Any]]) -> Tensors:
         entry = self._entries[batch]
         try:
+            weights = entry.weights(self._runtime)
+        except MemoryError as exc:
+            raise RunFailed(
+                f"no memory is left for the engine's weights: {exc}",
+                hint="close other sessions, or compile with a smaller --winograd-growth",
+            ) from exc
+        try:
             inputs = entry.tensors(self._runtime, feeds)
-            result = entry.function(*inputs, *entry.weights(self._runtime))
+            result = entry.function(*inputs, *weights)
             found = (result,) if hasattr(result, "__dlpack__") else tuple(result)
             # copies: an engine may return a weight, an input, or memory that the next run reuses
             arrays = [np.array(np.from_dlpack(tensor)) for tensor in found]

@@ -93,17 +93,14 @@ class WeightsRecord:
             size: Bytes of the file.
             batches: Batch sizes that the engine has functions for.
         """
-        inexplicable = [position for position, tensor in enumerate(self.tensors) if not self._is_explained(tensor)]
-        misplaced = [
-            position
-            for position, tensor in enumerate(self.tensors)
-            if position not in inexplicable and not self._fits(tensor, size)
-        ]
+        makeable = [self._can_be_made(tensor) for tensor in self.tensors]
+        unmade = [position for position, good in enumerate(makeable) if not good]
+        misplaced = [n for n, tensor in enumerate(self.tensors) if makeable[n] and not self._fits(tensor, size)]
         count = len(self.tensors)
         absent = [n for taken in self.entries.values() for n in taken if not 0 <= n < count]
         problems = {
             f"the weights {misplaced}, which do not lie in '{self.file}' ({size} bytes)": not misplaced,
-            f"the weights {inexplicable}, which cannot be made of what '{self.file}' holds": not inexplicable,
+            f"the weights {unmade}, which cannot be made of what '{self.file}' holds": not unmade,
             f"the weights {absent} of {count}": not absent,
             f"weights for the batch sizes {sorted(self.entries)}": self.entries.keys() == set(batches),
         }
@@ -120,7 +117,7 @@ class WeightsRecord:
         placed = tensor.offset >= 0 and tensor.offset % ALIGNMENT == 0
         return tensor.is_sane and placed and tensor.offset + self.stored(tensor) <= size
 
-    def _is_explained(self, tensor: WeightRecord) -> bool:
+    def _can_be_made(self, tensor: WeightRecord) -> bool:
         made = tensor.expansion
         if made is None:
             return True

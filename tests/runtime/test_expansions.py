@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cnncc_runtime
-from cnncc_runtime.bundle import MANIFEST, read_bundle
-from cnncc_runtime.digests import canonical_json
-from cnncc_runtime.errors import BundleRefused
 from cnncc_runtime.weights import Expansion, WeightRecord, WeightsRecord, expand
 from tests.runtime.conftest import WEIGHTY
 from tests.runtime.engine_files import PARTS, ROWS, WEIGHTS, WEIGHTY_RECORD, make_bundle, manifest
 from tests.runtime.test_sessions import FOUR, Make, in_process
+from tests.runtime.test_weights import assert_refused
 
 TIMES = 8
 X = np.linspace(0, 1, 1024, dtype="f")[None]
-LIST = ([1.0, 0.5, -2.0, 3.0, 0.25, -1.0, 4.0, 1.5],)
-MATRIX = np.array(LIST, "float64").T
+MATRIX = np.array([[1.0], [0.5], [-2.0], [3.0], [0.25], [-1.0], [4.0], [1.5]])
 STORED = np.random.default_rng(0).uniform(0.5, 1.5, (PARTS, ROWS // TIMES, 1, 1024)).astype("f")
 
 
@@ -98,35 +94,47 @@ def expansion(**fields: Any) -> Callable[[Any], None]:
     ],
 )
 def test_a_hostile_expansion_is_refused_unread(expanded: Path, title: str, change: Callable[[Any], None]) -> None:
-    plain = json.loads((expanded / MANIFEST).read_bytes())
-    change(plain["engine"]["weights"])
-    (expanded / MANIFEST).write_bytes(canonical_json(plain))
-    with pytest.raises(BundleRefused) as caught:
-        read_bundle(expanded)
-    assert caught.value.hint, title
+    assert_refused(expanded, title, change)
 
 
-def test_the_pages_that_were_expanded_are_given_back(bundle: Make, expanded: Path) -> None:
+def test_memory_is_taken_by_the_first_run_and_the_files_pages_are_given_back(bundle: Make, expanded: Path) -> None:
     code = f"""
 import numpy as np
-from tests.runtime.test_sessions import rss
+from tests.runtime.test_sessions import pages, rss
 import cnncc_runtime
 small = cnncc_runtime.open({str(bundle("identity", *FOUR))!r})
 small.run({{"x": np.ones(4, "f")}})
 before = rss("VmHWM")
 session = cnncc_runtime.open({str(expanded)!r})
+opened = rss("VmHWM") - before
 for _ in range(2):
     session.run({{"x": np.ones((1, 1024), "f")}})
-resident, inside = 0, False
-for line in open("/proc/self/smaps"):
-    if "-" in line.split()[0]:
-        inside = "weights.bin" in line
-    elif inside and line.startswith("Rss:"):
-        resident = int(line.split()[1]) / 1024
-print(rss("VmHWM") - before, resident)
+print(opened, rss("VmHWM") - before, pages("weights.bin")["Rss"] / 1024)
 """
     done = in_process(code)
     assert done.returncode == 0, done.stderr
-    peak, resident = map(float, done.stdout.split())
+    opened, peak, resident = map(float, done.stdout.split())
+    assert opened < 4, "nothing has run yet"
     assert resident < 0.5, "pages of the file that nobody reads again"
     assert 48 < peak < 48 * 1.15 + 3, "there was a copy"
+
+
+def test_weights_for_which_no_memory_is_left_are_an_error_with_the_way_out(expanded: Path) -> None:
+    code = f"""
+import resource
+import numpy as np
+import cnncc_runtime
+from tests.runtime.test_sessions import rss
+np.ones((8, 8)) @ np.ones((8, 4096))  # BLAS takes its own memory at its first product
+session = cnncc_runtime.open({str(expanded)!r}, threads=1)
+most = int((rss("VmSize") + 16) * 2**20)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    session.run({{"x": np.ones((1, 1024), "f")}})
+except cnncc_runtime.errors.RunFailed as exc:
+    print(exc)
+"""
+    done = in_process(code)
+    assert done.returncode == 0, done.stderr
+    assert "no memory is left for the engine's weights" in done.stdout
+    assert "--winograd-growth" in done.stdout

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -474,6 +475,18 @@ def rss(field: str = "VmRSS") -> float:
     """This process's memory in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def pages(name: str) -> Counter[str]:
+    """KiB of this process's mappings of a file, by kind."""
+    found: Counter[str] = Counter()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = name in line
+        elif inside and line.endswith(" kB"):
+            found[line.split(":")[0]] += int(line.split()[1])
+    return found
 
 
 @pytest.mark.slow

@@ -67,6 +67,16 @@ def test_engines_that_share_a_file_but_not_its_record_are_kept_apart(bundle: Mak
         np.testing.assert_allclose(one.run({"x": X})["y"], wanted(list(range(PARTS))), rtol=1e-4)
 
 
+def assert_refused(path: Path, title: str, change: Callable[[Any], None]) -> None:
+    """Change what a bundle says of its weights; it must not be read."""
+    plain = json.loads((path / MANIFEST).read_bytes())
+    change(plain["engine"]["weights"])
+    (path / MANIFEST).write_bytes(canonical_json(plain))
+    with pytest.raises(BundleRefused) as caught:
+        read_bundle(path)
+    assert caught.value.hint, title
+
+
 def tensor(**fields: Any) -> Callable[[Any], None]:
     return lambda weights: weights["tensors"][1].update(fields)
 
@@ -98,13 +108,7 @@ def tensor(**fields: Any) -> Callable[[Any], None]:
     ],
 )
 def test_a_hostile_record_is_refused_unread(bundle: Make, title: str, change: Callable[[Any], None]) -> None:
-    path = bundle("weighty", *WEIGHTY)
-    plain = json.loads((path / MANIFEST).read_bytes())
-    change(plain["engine"]["weights"])
-    (path / MANIFEST).write_bytes(canonical_json(plain))
-    with pytest.raises(BundleRefused) as caught:
-        read_bundle(path)
-    assert caught.value.hint, title
+    assert_refused(bundle("weighty", *WEIGHTY), title, change)
 
 
 def test_weights_that_were_cut_changed_or_lost_are_refused_before_the_engine_is_loaded(bundle: Make) -> None:
@@ -194,7 +198,7 @@ def test_the_map_outlives_the_bundle_and_ends_with_the_last_session(bundle: Make
 def test_weights_are_the_files_own_pages_and_nothing_more(bundle: Make) -> None:
     code = f"""
 import numpy as np
-from tests.runtime.test_sessions import rss
+from tests.runtime.test_sessions import pages, rss
 import cnncc_runtime
 x = np.ones((1, 1024), "f")
 small = cnncc_runtime.open({str(bundle("identity", *FOUR))!r})
@@ -203,13 +207,9 @@ before = rss("VmHWM")
 session = cnncc_runtime.open({str(bundle("weighty", *WEIGHTY))!r})
 for _ in range(2):
     session.run({{"x": x}})
-pages, inside = dict(), False
-for line in open("/proc/self/smaps"):
-    if "-" in line.split()[0]:
-        inside = "weights.bin" in line
-    elif inside and line.endswith("kB\\n"):
-        pages[line.split(":")[0]] = int(line.split()[1])
-print(rss("VmHWM") - before, pages["Rss"] / 1024, pages["Anonymous"])
+peak = rss("VmHWM") - before
+kinds = pages("weights.bin")
+print(peak, kinds["Rss"] / 1024, kinds["Anonymous"])
 """
     done = in_process(code)
     assert done.returncode == 0, done.stderr

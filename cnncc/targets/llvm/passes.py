@@ -48,7 +48,7 @@ FOLDS: dict[str, Fold] = {
 class FoldConstants:
     """Computes changes of layout and type of constants in NumPy; divisions by constants become multiplications.
 
-    A quotient then differs by a unit in the last place at most, and takes a tenth of the time.
+    Such a quotient may differ by a unit in the last place.
     """
 
     def transform_module(self, module: Any, _context: Any) -> Any:

@@ -92,7 +92,7 @@ class Transform:
         return found
 
     @property
-    def weights(self) -> NDArray[np.float64]:
+    def weight_matrix(self) -> NDArray[np.float64]:
         """G ⊗ G, ``[frequencies, taps]``: G g Gᵀ of a kernel whose rows follow each other."""
         return np.kron(np.array(self.kernel), np.array(self.kernel))
 

@@ -62,7 +62,7 @@ def expanded_weights(weight: NDArray[Any], shape: ConvShape, plan: WinogradPlan,
     split = full.reshape(shape.groups * panels, outer, shape.inputs, shape.taps)
     ordered = split.transpose(3, 0, 2, 1) if plan.staged else split.transpose(0, 3, 2, 1)
     parts = 1 if plan.staged else shape.groups * panels
-    return Expanded(transform_of(plan.size).weights, np.ascontiguousarray(ordered).reshape(parts, shape.taps, -1))
+    return Expanded(transform_of(plan.size).weight_matrix, np.ascontiguousarray(ordered).reshape(parts, shape.taps, -1))
 
 
 def transformed_shape(shape: ConvShape, plan: WinogradPlan, machine: Machine) -> tuple[int, int, int]:
