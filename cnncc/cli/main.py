@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 import cnncc
+from cnncc.cli.signals import Terminated, stops_as_stops, unwind_on_signals
 from cnncc_runtime.errors import CnnccError, EnvironmentMissing, Interrupted, UsageError
 
 COMMANDS = {
@@ -44,10 +44,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 _JSON = "cnncc.json"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: unwinds like Ctrl-C, which user code and toolchains let pass where they would swallow SystemExit."""
-
-
 class LazyGroup(click.Group):
     """Imports a command when it is called, so that ``cnncc --help`` answers at once."""
 
@@ -62,7 +58,8 @@ class LazyGroup(click.Group):
 
         render = Render(as_json=ctx.meta[_JSON])
         try:
-            return super().invoke(ctx)
+            with stops_as_stops():
+                return super().invoke(ctx)
         except CnnccError as exc:
             render.error(exc)
             raise click.exceptions.Exit(exc.exit_code) from exc
@@ -161,7 +158,8 @@ def common(function: F) -> F:
 
         render = Render(as_json=as_json, verbosity=-1 if quiet else int(verbose))
         try:
-            return function(render, **kwargs)
+            with stops_as_stops():
+                return function(render, **kwargs)
         except CnnccError as exc:
             _trace(render.verbosity)
             render.error(exc)
@@ -202,11 +200,7 @@ def cache_option(function: F) -> F:
     )(function)
 
 
-def _terminated(_number: int, _frame: object) -> NoReturn:
-    raise Terminated  # unwinds, so that partial outputs are removed
-
-
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, _terminated)
+    unwind_on_signals()
     cli(prog_name="cnncc")

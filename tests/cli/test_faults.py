@@ -217,6 +217,27 @@ def test_a_signal_in_any_stage_leaves_the_old_bundle_or_none(
     place.check_nothing_is_left()
 
 
+SWALLOWING_MODEL = """
+import os, signal
+
+try:
+    os.kill(os.getpid(), signal.{name})
+except KeyboardInterrupt:
+    raise ImportError("initialization failed") from None
+"""
+"""What an extension module does whose initialization a signal interrupts: the signal's exception is lost."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_that_comes_out_as_another_error_is_told_as_the_signal(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "model.py").write_text(SWALLOWING_MODEL.format(name=number.name))
+    arguments = ("export", f"{tmp_path / 'model.py'}:build", "-o", tmp_path / "model.onnx", "--json")
+    outcome = finish(start(*arguments, prefix=DEFAULT_SIGINT), code=CODES[number])
+    assert "Traceback" not in outcome.stderr
+    assert (outcome.document["error"], outcome.document["exit_code"]) == ("Interrupted", CODES[number])
+    assert not (tmp_path / "model.onnx").exists()
+
+
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_verify_by_layers_cleans_up_when_it_is_interrupted(
     place: Place, digits: Digits, number: signal.Signals
