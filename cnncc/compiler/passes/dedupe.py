@@ -8,7 +8,7 @@ from collections import defaultdict
 import onnx
 from onnx import numpy_helper
 
-from cnncc.compiler.passes.draft import Draft, GraphPass
+from cnncc.graph.draft import Draft, GraphPass
 from cnncc.graph.values import values_in_use
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cnncc.compiler.passes.draft import STANDARD, Draft, GraphPass
+from cnncc.graph.draft import STANDARD, Draft, GraphPass
 
 
 def _fix_reshapes(draft: Draft) -> int:

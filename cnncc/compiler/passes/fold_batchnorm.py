@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from cnncc.compiler.passes.draft import STANDARD, Draft, GraphPass, attribute
+from cnncc.graph.draft import STANDARD, Draft, GraphPass, attribute
 from cnncc.graph.names import MODULE_KEY, module_path, node_metadata
 
 FUSED_KEY = "cnncc.fused"

@@ -15,8 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
-from cnncc.compiler.passes.draft import MOST_BYTES, STANDARD, Draft, GraphPass, attribute
 from cnncc.compiler.passes.infer_shapes import infer_shapes
+from cnncc.graph.draft import MOST_BYTES, STANDARD, Draft, GraphPass, attribute
 from cnncc.graph.shapes import byte_count, element_count
 from cnncc.graph.values import subgraphs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cnncc.compiler.passes.draft import Draft, GraphPass
+from cnncc.graph.draft import Draft, GraphPass
 from cnncc.graph.shapes import infer
 
 

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from cnncc.compiler.passes.draft import STANDARD, Draft, GraphPass
+from cnncc.graph.draft import STANDARD, Draft, GraphPass
 from cnncc.graph.values import all_nodes
 
 _DTYPES = {

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cnncc.compiler.passes.dedupe import dedupe
-from cnncc.compiler.passes.draft import Draft, GraphPass
 from cnncc.compiler.passes.fix_reshapes import fix_reshapes
 from cnncc.compiler.passes.fold_batchnorm import fold_batchnorm
 from cnncc.compiler.passes.fold_constants import fold_constants
@@ -18,6 +17,7 @@ from cnncc.compiler.passes.normalize import normalize
 from cnncc.compiler.passes.remove_dead import remove_dead
 from cnncc.compiler.passes.remove_identity import remove_identity
 from cnncc.compiler.passes.split_sequences import split_sequences
+from cnncc.graph.draft import Draft, GraphPass
 from cnncc.graph.feeds import random_feeds
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reference import Reference

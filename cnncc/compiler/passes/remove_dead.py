@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cnncc.compiler.passes.draft import Draft, GraphPass
+from cnncc.graph.draft import Draft, GraphPass
 from cnncc.graph.values import reads
 
 _OPTIONAL = {"MaxPool": 1, "Dropout": 1, "LayerNormalization": 1, "BatchNormalization": 1, "GRU": 0, "LSTM": 0}

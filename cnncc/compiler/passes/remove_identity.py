@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 
-from cnncc.compiler.passes.draft import STANDARD, Draft, GraphPass, attribute
+from cnncc.graph.draft import STANDARD, Draft, GraphPass, attribute
 
 
 def _remove_identity(draft: Draft) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from cnncc.compiler.passes.draft import STANDARD, Draft, GraphPass, attribute
+from cnncc.graph.draft import STANDARD, Draft, GraphPass, attribute
 from cnncc.graph.names import MODULE_KEY, node_metadata
 
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from onnx import helper
 
 from cnncc.compiler.passes import pipeline
-from cnncc.compiler.passes.draft import Draft, GraphPass
 from cnncc.compiler.passes.pipeline import PASSES, clean, first_failure, relative_difference, summary
+from cnncc.graph.draft import Draft, GraphPass
 from cnncc.graph.feeds import random_feeds
 from cnncc.graph.names import set_module_path
 from cnncc.graph.onnx_graph import OnnxGraph
