@@ -1,53 +1,99 @@
-"""DATA: image folders, ``.npz`` files and callables, as the batches of one that a model takes.
+"""DATA: image folders, ``.npz`` files and callables, as a stream of the batches of one that a model takes.
 
 There is no default data set. What was read, in which order and through which preprocessing, is one digest.
 """
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import random
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cnncc_runtime.digests import digest_array, digest_json
+from cnncc.calibration.archives import open_archive
+from cnncc.calibration.callables import open_callable
+from cnncc.calibration.images import IMAGE_SUFFIXES, find_images
+from cnncc.calibration.random_rows import RandomRows
+from cnncc.calibration.source import Source
+from cnncc.calibration.stream import DataStream, Sample
 from cnncc_runtime.errors import DataRefused, UsageError
-from cnncc_runtime.preprocess import Preprocessing, open_image
-from cnncc_runtime.specs import Tensors, TensorSpec
+from cnncc_runtime.preprocess import Preprocessing
+from cnncc_runtime.specs import TensorSpec
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+RANDOM = "random"
+"""DATA that asks for seeded random inputs; a folder of that name is ``./random``."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One input of a model, batch size 1.
+def open_data(
+    source: str,
+    inputs: tuple[TensorSpec, ...],
+    preprocessing: Preprocessing | None,
+    *,
+    limit: int | None,
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> DataStream:
+    """Find the data and draw from it; samples are read later.
 
-    Attributes:
-        name: The file, or ``x[3]`` of an array.
-        feeds: Input name → ``[1, …]``.
-        label: Class index; None where the data has none.
+    Args:
+        source: A folder of images (a folder per class, or flat), an image, a ``.npz`` with ``x`` (or arrays of the
+            inputs' names) and optionally ``y``, ``package.module:factory`` or ``file.py:factory`` that yields batches
+            (an array, a dict by input name, or a pair of that and labels), or ``random``.
+        inputs: The model's inputs; a sample is one row of them, also where the batch is fixed.
+        preprocessing: The contract; images need it.
+        limit: Samples at most; None takes all.
+        seed: Of the draw, and of ``random``.
+        skip_bad: Whether to leave out images that cannot be decoded and samples with NaN or Inf, and count them. They
+            are not replaced by others.
+
+    Raises:
+        DataRefused: Empty, damaged, or not what the model takes.
+        UsageError: The source is of none of these forms, or random and without a limit.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"{limit} samples are too few", hint="ask for one at least")
+    specs = tuple(dataclasses.replace(spec, shape=(1, *spec.shape[1:])) for spec in inputs)
+    reader = _reader(source, specs, preprocessing, limit, seed)
+    settings = [dataclasses.asdict(preprocessing) if preprocessing else None, limit, seed]
+    return DataStream(source, reader, specs, settings=settings, skip_bad=skip_bad, random=source == RANDOM)
 
-    name: str
-    feeds: Tensors
-    label: int | None
+
+def _reader(
+    source: str, specs: tuple[TensorSpec, ...], preprocessing: Preprocessing | None, limit: int | None, seed: int
+) -> Source:
+    if source == RANDOM:
+        if limit is None:
+            raise UsageError("random data has no end", hint="say how many samples: --samples 512")
+        return RandomRows(specs, limit, seed)
+    path = Path(source)
+    try:
+        folder, file = bool(source) and path.is_dir(), path.is_file()
+    except OSError:  # a name too long
+        folder = file = False
+    if file and path.suffix == ".npz":
+        return open_archive(path, specs, limit, seed)
+    if folder or (file and path.suffix.lower() in IMAGE_SUFFIXES):
+        if len(specs) != 1:
+            raise DataRefused(
+                f"the model takes {len(specs)} inputs, and images feed one",
+                hint="give a .npz with an array for each input, or a callable that yields dicts by input name",
+            )
+        return find_images(path, specs[0], preprocessing, limit, seed)
+    if ":" in source and not file:
+        return open_callable(source, specs, limit)
+    raise UsageError(
+        f"{source or 'nothing'} is not data that cnncc reads" + ("" if file else ": there is no such file or folder"),
+        hint="give a folder of images, a .npz file, package.module:factory, file.py:factory, or random",
+    )
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Samples with the digest of their content and order.
+    """Samples in memory, with the digest of their content and order.
 
     Attributes:
         source: The DATA argument.
         samples: In a seeded order.
-        digest: Of every array, label and the order.
+        digest: See `DataStream.digest`.
     """
 
     source: str
@@ -63,127 +109,11 @@ def load_data(
     limit: int,
     seed: int = 0,
 ) -> DataSet:
-    """Read up to ``limit`` samples.
-
-    Args:
-        source: A folder of images (a folder per class, or flat), a ``.npz`` with ``x`` and optionally ``y``, or
-            ``package.module:factory`` that yields batches (an array, or ``(x, y)``).
-        inputs: The model's inputs; images and arrays feed the only one.
-        preprocessing: The contract; images need it.
-        limit: Samples at most, drawn without replacement.
-        seed: Of the draw.
+    """Read up to ``limit`` samples into memory: see `open_data`.
 
     Raises:
         DataRefused: Empty, damaged, or not what the model takes.
         UsageError: The source is of none of these forms.
     """
-    if len(inputs) != 1:
-        raise DataRefused(
-            f"the model takes {len(inputs)} inputs, and DATA feeds one",
-            hint="leave --data out; seeded random inputs are used",
-        )
-    samples = tuple(itertools.islice(_samples(source, inputs[0], preprocessing, limit, random.Random(seed)), limit))
-    if not samples:
-        raise DataRefused(f"{source} holds no samples", hint="give images, or a .npz with an array 'x'")
-    for sample in samples:
-        _check(sample, inputs[0])
-    digest = digest_json([[digest_array(sample.feeds[inputs[0].name]), sample.label] for sample in samples])
-    return DataSet(source, samples, digest)
-
-
-def _samples(
-    source: str, spec: TensorSpec, preprocessing: Preprocessing | None, limit: int, rng: random.Random
-) -> Iterator[Sample]:
-    path = Path(source)
-    if path.is_dir():
-        return _images(path, spec, preprocessing, limit, rng)
-    if path.suffix == ".npz":
-        return _arrays(path, spec, limit, rng)
-    if ":" in source:
-        return _callable(source, spec)
-    if path.is_file():
-        return _images(path, spec, preprocessing, limit, rng)
-    raise UsageError(
-        f"{source} is not data that cnncc reads",
-        hint="give a folder of images, a .npz file, or package.module:factory",
-    )
-
-
-def _images(
-    path: Path, spec: TensorSpec, preprocessing: Preprocessing | None, limit: int, rng: random.Random
-) -> Iterator[Sample]:
-    if preprocessing is None:
-        raise DataRefused(
-            "images need a preprocessing contract, and the model has none",
-            hint="add --preprocess imagenet, or --preprocess FILE.toml, or `preprocessing` beside the factory",
-        )
-    root = path if path.is_dir() else path.parent
-    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-    classes = {name: index for index, name in enumerate(sorted({p.parent.name for p in files if p.parent != root}))}
-    if len(files) > limit:
-        files = rng.sample(files, limit)
-    for file in files:
-        feeds = {spec.name: preprocessing.apply(open_image(file))}
-        yield Sample(str(file.relative_to(root)), feeds, classes.get(file.parent.name) if file.parent != root else None)
-
-
-def _arrays(path: Path, spec: TensorSpec, limit: int, rng: random.Random) -> Iterator[Sample]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if "x" not in archive.files:
-                raise DataRefused(
-                    f"{path} holds {', '.join(archive.files) or 'nothing'}, not 'x'",
-                    hint="save the inputs as 'x': numpy.savez('data.npz', x=x, y=y)",
-                )
-            x = archive["x"]
-            y = archive["y"] if "y" in archive.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-        raise DataRefused(f"{path} is not a .npz file that can be read: {exc}") from exc
-    _check_batch(str(path), x, y)
-    order = rng.sample(range(len(x)), min(limit, len(x)))
-    return _split(x, y, order, spec)
-
-
-def _check_batch(source: str, x: NDArray[Any], y: NDArray[Any] | None) -> None:
-    if x.ndim == 0:
-        raise DataRefused(
-            f"{source}: x is a single {x.dtype}, not an array of inputs", hint="one row of x is one input"
-        )
-    if y is None:
-        return
-    if y.ndim != 1 or y.dtype.kind not in "iubf":
-        raise DataRefused(f"{source}: y is {y.dtype}{list(y.shape)}, not a class index per input")
-    if len(y) != len(x):
-        raise DataRefused(f"{source} holds {len(x)} inputs and {len(y)} labels")
-
-
-def _split(x: NDArray[Any], y: NDArray[Any] | None, order: Iterable[int], spec: TensorSpec) -> Iterator[Sample]:
-    for index in order:
-        label = None if y is None else int(y[index])
-        yield Sample(f"x[{index}]", {spec.name: np.ascontiguousarray(x[index : index + 1])}, label)
-
-
-def _callable(source: str, spec: TensorSpec) -> Iterator[Sample]:
-    module_name, _, name = source.partition(":")
-    try:
-        factory: Callable[[], Iterable[Any]] = getattr(importlib.import_module(module_name), name)
-        for number, batch in enumerate(factory()):
-            x, y = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
-            x, y = np.asarray(x), None if y is None else np.asarray(y)
-            _check_batch(f"batch {number} of {source}", x, y)
-            for sample in _split(x, y, range(len(x)), spec):
-                yield Sample(f"batch {number} {sample.name}", sample.feeds, sample.label)
-    except DataRefused:
-        raise
-    except Exception as exc:  # the user's code may raise anything
-        raise DataRefused(f"{source} cannot be called: {type(exc).__name__}: {exc}") from exc
-
-
-def _check(sample: Sample, spec: TensorSpec) -> None:
-    array = sample.feeds[spec.name]
-    try:
-        TensorSpec(spec.name, (1, *spec.shape[1:]), spec.dtype).check(array)
-    except DataRefused as exc:
-        raise DataRefused(f"{sample.name}: {exc.message}", hint="one sample is one row of the input") from exc
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataRefused(f"{sample.name} holds NaN or Inf")
+    stream = open_data(source, inputs, preprocessing, limit=limit, seed=seed)
+    return DataSet(source, tuple(stream), stream.digest)
