@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnxruntime as ort
 
 from cnncc.graph.onnx_graph import OnnxGraph
@@ -33,16 +35,21 @@ class Reference:
         self._inputs = graph.inputs
         self._outputs = [spec.name for spec in graph.outputs]
 
-    def run(self, feeds: Feeds) -> Tensors:
-        """Return the outputs by name.
+    def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> Tensors:
+        """Return outputs by name; may be called from several threads at once.
+
+        Args:
+            feeds: The graph's inputs.
+            names: The outputs wanted; all of them by default.
 
         Raises:
             DataRefused: The feeds do not fit the graph's inputs.
             RunFailed: ONNX Runtime failed.
         """
         check_feeds(self._inputs, feeds)
+        wanted = self._outputs if names is None else list(names)
         try:
-            values = self._session.run(self._outputs, dict(feeds))
+            values = self._session.run(wanted, dict(feeds))
         except Exception as exc:  # as above
             raise RunFailed(f"ONNX Runtime failed on the graph: {exc}") from exc
-        return dict(zip(self._outputs, values, strict=True))
+        return dict(zip(wanted, values, strict=True))
