@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cnncc.cli.main import cache_option, common
-from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache, parse_batches
+from cnncc.cli.options import (
+    MODEL_HELP,
+    calibration_of,
+    calibration_options,
+    model_options,
+    model_request,
+    open_cache,
+    parse_batches,
+)
 from cnncc.cli.render import Render, size_text
 from cnncc_runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from cnncc.compiler.calibration import Calibration
     from cnncc.compiler.pipeline import Compiled
+
+
+AUTO_DROP, AUTO_SQNR = 0.5, 20.0
+"""What ``--precision auto`` asks for: points of accuracy on ``--val``, or dB of the outputs where there is none."""
+
+_BUDGET_FLAGS = {
+    "--val": "val",
+    "--keep": "keep",
+    "--max-accuracy-drop": "max_accuracy_drop",
+    "--min-sqnr": "min_sqnr",
+}
 
 
 @click.command(name="compile", epilog=MODEL_HELP)
@@ -27,12 +49,24 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle.  [default: MODEL's name .cnncc]")
 @click.option("--batch", "batch_text", default="", help="Batch sizes to build for, where --input-shape starts with N.")
 @click.option(
-    "--data", default="", help="Real inputs for the parity check: image folder, .npz, package.module:factory."
+    "--data",
+    default="",
+    help="Real inputs, for the parity check and to calibrate int8 on: image folder, .npz, package.module:factory.",
 )
-@click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data at most.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data for the parity check."
+)
 @click.option("--preprocess", default="", help="How images become inputs: imagenet, or FILE.toml.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line.")
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "int8", "auto"]),
+    default="fp32",
+    show_default=True,
+    help="int8 is calibrated on --data, or made by --calib; auto keeps in float what costs accuracy.",
+)
+@click.option("--calib", type=click.Path(path_type=Path), help="A table of `cnncc calibrate`, instead of calibrating.")
+@calibration_options
 @click.option(
     "--winograd/--no-winograd",
     default=True,
@@ -88,6 +122,7 @@ def command(
     preprocess: str,
     labels: Path | None,
     precision: str,
+    calib: Path | None,
     winograd: bool,
     direct: tuple[str, ...],
     winograd_growth: float | None,
@@ -97,6 +132,7 @@ def command(
     keep_failed: bool,
     no_reference: bool,
     cache_dir: Path | None,
+    **given: Any,
 ) -> None:
     """Compile MODEL into a bundle: export, build, prove, publish.
 
@@ -106,7 +142,7 @@ def command(
     from cnncc.calibration.contract import read_labels, read_preprocessing
     from cnncc.compiler.kernel_stage import BUDGET, RULES, Optimize
     from cnncc.compiler.model_reference import parse_reference
-    from cnncc.compiler.pipeline import CompileRequest, compile_all
+    from cnncc.compiler.pipeline import FP32, INT8, CompileRequest, compile_all
     from cnncc.targets.base import KernelOptions
     from cnncc.targets.devices import resolve_profile
 
@@ -117,6 +153,7 @@ def command(
         raise UsageError("--optimize-budget is for measuring", hint="add --optimize measured")
     if not winograd and winograd_growth is not None:
         raise UsageError("--winograd-growth says nothing with --no-winograd", hint="leave one of them out")
+    calibration = _calibration(precision, data, calib, preprocess, given)
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
     requests = []
     for target, device in pairs:
@@ -137,10 +174,38 @@ def command(
                 labels=read_labels(labels) if labels else (),
                 keep_failed=keep_failed,
                 reference=not no_reference,
+                precision=FP32 if precision == FP32 else INT8,
+                calibration=calibration,
+                table=calib,
             )
         )
     results = compile_all(requests, cache=open_cache(cache_dir, render), reporter=render)
     render.result({"bundles": [_document(result) for result in results]}, lambda: _text(render, results))
+
+
+def _calibration(
+    precision: str, data: str, calib: Path | None, preprocess: str, given: Mapping[str, Any]
+) -> Calibration:
+    """Return how to calibrate.
+
+    Raises:
+        UsageError: Flags that say nothing beside the others.
+    """
+    from cnncc.compiler.pipeline import FP32
+
+    asked = [flag for flag, name in _BUDGET_FLAGS.items() if given[name] not in (None, "", ())]
+    if precision == FP32 and (asked or calib is not None):
+        flag = asked[0] if asked else "--calib"
+        raise UsageError(f"{flag} says nothing with --precision fp32", hint="add --precision int8, or leave it out")
+    if calib is not None and asked:
+        raise UsageError(f"{asked[0]} says nothing beside --calib", hint="give it to `cnncc calibrate`")
+    calibration = calibration_of(data, preprocess, given)
+    if precision == "auto" and calibration.max_accuracy_drop is None and calibration.min_sqnr is None:
+        labelled = bool(calibration.validation)
+        calibration = replace(
+            calibration, max_accuracy_drop=AUTO_DROP if labelled else None, min_sqnr=None if labelled else AUTO_SQNR
+        )
+    return calibration
 
 
 def _document(result: Compiled) -> dict[str, Any]:

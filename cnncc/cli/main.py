@@ -19,6 +19,8 @@ from cnncc_runtime.errors import CnnccError, EnvironmentMissing, Interrupted, Us
 COMMANDS = {
     "compile": "Compile a model into verified engine bundles (the main job).",
     "export": "Export a model to clean ONNX.",
+    "calibrate": "Find a model's int8 scales on your data.",
+    "quantize": "Write a model as int8 Q/DQ ONNX, by a calibration table.",
     "verify": "Check a bundle's engine against its model again.",
     "bench": "Benchmark a bundle against ONNX Runtime, PyTorch and others.",
     "run": "Run a bundle on an image or on arrays.",

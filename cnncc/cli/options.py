@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,9 +13,13 @@ from cnncc_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from cnncc.compiler.cache import Cache
+    from cnncc.compiler.calibration import Calibration
     from cnncc.compiler.model_reference import ModelRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+METHODS = ("auto", "max", "percentile", "entropy", "mse")
+"""As `cnncc.calibration.thresholds` has them, without importing NumPy for ``--help``."""
 
 MODEL_HELP = """\b
 MODEL is one of
@@ -50,6 +54,84 @@ def model_options(function: F) -> F:
     ):
         function = decorate(function)
     return function
+
+
+def calibration_options(function: F) -> F:
+    """Add the flags that say how a model is calibrated, but for DATA itself."""
+    for decorate in (
+        click.option(
+            "--min-sqnr",
+            type=float,
+            metavar="DB",
+            help="Keep as few layers in float as reach this signal to quantization noise ratio of the outputs.",
+        ),
+        click.option(
+            "--max-accuracy-drop",
+            type=click.FloatRange(0),
+            metavar="POINTS",
+            help="Keep as few layers in float as hold the accuracy on --val to this: top-1, or mIoU for class maps.",
+        ),
+        click.option("--val", default="", help="Labelled data that accuracy is measured on; forms as --data."),
+        click.option("--keep", multiple=True, metavar="PATTERN", help="Modules that stay in float: features.0, head.*"),
+        click.option(
+            "--bias-correction/--no-bias-correction",
+            default=True,
+            show_default=True,
+            help="Correct biases layer by layer, where that helps.",
+        ),
+        click.option(
+            "--shift/--no-shift",
+            default=True,
+            show_default=True,
+            help="Shift tensors that are hardly ever negative to the middle of int8's range, where that helps.",
+        ),
+        click.option(
+            "--equalize/--no-equalize",
+            default=True,
+            show_default=True,
+            help="Equalize channels across layers, where that helps.",
+        ),
+        click.option(
+            "--method",
+            type=click.Choice(METHODS),
+            default="auto",
+            show_default=True,
+            help="Where int8 ranges end; auto measures, tensor by tensor.",
+        ),
+        click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read, and count them."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the draw of calibration samples."),
+        click.option(
+            "--calibration-samples",
+            type=click.IntRange(1),
+            default=512,
+            show_default=True,
+            help="Samples that int8 ranges are found on, at most.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def calibration_of(data: str, preprocess: str, given: Mapping[str, Any]) -> Calibration:
+    """Return the calibration that DATA and the flags of `calibration_options` make."""
+    from cnncc.calibration.contract import read_preprocessing
+    from cnncc.compiler.calibration import Calibration
+
+    return Calibration(
+        data=data,
+        validation=given["val"],
+        samples=given["calibration_samples"],
+        seed=given["seed"],
+        skip_bad=given["skip_bad"],
+        preprocessing=read_preprocessing(preprocess) if preprocess else None,
+        method=given["method"],
+        equalize=given["equalize"],
+        shift=given["shift"],
+        correct_bias=given["bias_correction"],
+        keep=given["keep"],
+        max_accuracy_drop=given["max_accuracy_drop"],
+        min_sqnr=given["min_sqnr"],
+    )
 
 
 def model_request(

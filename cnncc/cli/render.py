@@ -36,8 +36,9 @@ class Render:
         self.as_json = as_json
         self.verbosity = verbosity
         width = None if sys.stdout.isatty() else _PIPE_WIDTH
-        self.out = _Stdout(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
-        self.err = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        # without emoji: `package.module:factory:` is no picture
+        self.out = _Stdout(file=sys.stdout, highlight=False, soft_wrap=True, width=width, emoji=False)
+        self.err = Console(file=sys.stderr, highlight=False, soft_wrap=True, emoji=False)
         self.notes: list[str] = []
         self._answered = False
         self._progress: Progress | None = None

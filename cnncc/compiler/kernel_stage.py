@@ -14,6 +14,7 @@ from typing import Any
 
 from cnncc.compiler.build_worker import measure_apart
 from cnncc.compiler.cache import Cache
+from cnncc.compiler.graph_stages import CLEANED
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
 from cnncc.targets.base import BuildOptions, Measured, MeasureOptions, Measuring, Target
@@ -118,7 +119,7 @@ def kernel_stage(
 
         budget = optimize.budget if optimize.level == MEASURED else None
         asked = MeasureOptions(replace(options, measured=""), before, str(path), budget, keep, reporter.note)
-        found = measure_apart(target.name, clean.file("cleaned.onnx"), asked, folder)
+        found = measure_apart(target.name, clean.file(CLEANED), asked, folder)
         if found.left and budget is not None:
             reporter.note(
                 f"the budget of {budget:g} s ended before {found.left} of {found.left + found.measured + found.reused} "

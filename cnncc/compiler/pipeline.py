@@ -4,6 +4,7 @@
 
     export   MODEL, weights, shapes      → exported.onnx, program.pt2
     clean    exported.onnx               → cleaned.onnx          (numerics proved on the spot)
+    calibrate, quantize                  → cleaned.onnx with Q/DQ, calibration.json (only for int8)
     kernels  cleaned.onnx, measurements  → kernels.json          (only where kernels are measured, or were before)
     build    cleaned.onnx, target        → engine.so, weights.bin
     verify   engine, samples             → bundle files, parity  (a failed proof is never cached)
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import errno
 import functools
-import importlib.metadata
 import os
-import platform
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,16 +22,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-import cnncc
-import cnncc_runtime
 from cnncc.calibration.data import DataSet, load_data
+from cnncc.calibration.plan import PRODUCTS
+from cnncc.calibration.table import CalibrationTable, read_table
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain
 from cnncc.compiler.cache import Cache, default_cache_folder
+from cnncc.compiler.calibration import (
+    TABLE,
+    Calibration,
+    calibration_stage,
+    quantize_stage,
+    table_of,
+    tell_findings,
+)
 from cnncc.compiler.engine_process import EngineProcess
+from cnncc.compiler.graph_stages import (
+    CLEANED,
+    EXPORTED,
+    clean_stage,
+    export_stage,
+    preprocessing_of,
+    specs_of,
+)
 from cnncc.compiler.kernel_stage import KERNELS, Optimize, check_optimize, kernel_stage
-from cnncc.compiler.model_reference import ModelRequest, existing_file, parse_reference
+from cnncc.compiler.keys import tools, versions
+from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
 from cnncc.targets.base import BuildOptions, Engine, KernelOptions, Profile, Target
@@ -51,16 +65,18 @@ from cnncc_runtime.bundle import (
     write_bundle,
 )
 from cnncc_runtime.cpu import host_cpu
-from cnncc_runtime.digests import canonical_json, digest_file, digest_json
-from cnncc_runtime.errors import BundleRefused, CnnccError, ModelRefused, ParityFailed, UsageError, WeightsRefused
+from cnncc_runtime.digests import canonical_json, digest_json
+from cnncc_runtime.errors import BundleRefused, CnnccError, DataRefused, ParityFailed, UsageError
 from cnncc_runtime.files import atomic_file, atomic_folder, storage_errors, sweep
 from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.session import engine_mismatch
-from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
+from cnncc_runtime.specs import Feeds, Tensors
 
 if TYPE_CHECKING:
     from cnncc.compiler.parity import ParityReport
     from cnncc.graph.onnx_graph import OnnxGraph
+
+FP32, INT8 = "fp32", "int8"
 
 SAMPLES = 2
 """Seeded random inputs that every engine is checked with, per batch size."""
@@ -84,6 +100,9 @@ class CompileRequest:
         labels: Replaces the class names that stand beside the model.
         keep_failed: Keep a bundle whose parity failed, marked so.
         reference: Store the cleaned ONNX in the bundle, for `verify` and `bench`.
+        precision: ``fp32``, or ``int8`` by a calibration or its table.
+        calibration: How to calibrate, for int8 without a table.
+        table: A calibration table made before.
     """
 
     model: ModelRequest
@@ -99,6 +118,9 @@ class CompileRequest:
     labels: tuple[str, ...] = ()
     keep_failed: bool = False
     reference: bool = True
+    precision: str = FP32
+    calibration: Calibration = field(default_factory=Calibration)
+    table: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -141,13 +163,19 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
     reporter = reporter or Silent()
     cache = cache or Cache(default_cache_folder(), reporter.note)
     check_output(request.output)
+    if request.precision != FP32 and request.table is None:
+        request.calibration.check()
     target = load_target(request.target, request.profile)
     check_optimize(request.optimize, target)
     export = export_stage(request.model, cache, reporter)
     clean = clean_stage(export, cache, reporter)
     _check_batches(export, request.batches)
-    build = _build_stage(clean, target, request, _measured(clean, target, request, cache, reporter), cache, reporter)
-    verify = _verify_stage(export, clean, build, request, cache, reporter)
+    built = _quantized(export, clean, request, cache, reporter)
+    build = _build_stage(
+        built.graph, target, request, _measured(built.graph, target, request, cache, reporter), cache, reporter
+    )
+    _tell_executed(built, build, target, reporter)
+    verify = _verify_stage(export, built, build, request, cache, reporter)
     compiled = _publish(verify, request.output)
     if compiled.parity == "failed":
         raise ParityFailed(
@@ -226,9 +254,9 @@ def export(
         if output.is_dir():
             raise UsageError(f"{output} is a folder", hint="give a file: -o model.onnx")
     stage = export_stage(model, cache, reporter)
-    name = "exported.onnx"
+    name = EXPORTED
     if not raw:
-        stage, name = clean_stage(stage, cache, reporter), "cleaned.onnx"
+        stage, name = clean_stage(stage, cache, reporter), CLEANED
     with atomic_file(output) as partial:
         shutil.copyfile(stage.file(name), partial)
     return Exported(stage.value["graph"], output.stat().st_size, stage.value["nodes"])
@@ -245,80 +273,70 @@ def clean_graph(model: ModelRequest, *, cache: Cache | None = None, reporter: Re
 
     reporter = reporter or Silent()
     cache = cache or Cache(default_cache_folder(), reporter.note)
-    return load_trusted(clean_stage(export_stage(model, cache, reporter), cache, reporter).file("cleaned.onnx"))
+    return load_trusted(clean_stage(export_stage(model, cache, reporter), cache, reporter).file(CLEANED))
 
 
 # ---- stages
 
 
-def export_stage(model: ModelRequest, cache: Cache, reporter: Reporter) -> Stage:
-    """Return the stage that turns MODEL into ONNX.
+@dataclass(frozen=True)
+class _Graph:
+    """What an engine is built from.
 
-    Its key holds the digests of the files that the request names. The files that a factory's code read while it ran
-    are known only afterwards; they are stored with the result, and a result whose files changed is not used.
+    Attributes:
+        graph: The stage that made it.
+        precision: Asked for.
+        table: By which it was quantized; None for fp32, and for models that came with Q/DQ.
     """
-    key = cache.key(
-        "export",
-        request=[model.reference, model.input_shapes, model.input_dtypes],
-        files=_named_files(model),
-        tools=_tools("torch", "onnx", "onnxscript"),
-    )
-    stage = Stage("export", key, functools.partial(_export, model, reporter), cache, reporter)
-    known = cache.get(stage.name, stage.key)
-    if known is not None and not _dependencies_hold(known.value["dependencies"]):
-        reporter.note("a file that the model's code reads has changed; it is exported again")
-        cache.forget(stage.name, stage.key)
-    return stage
+
+    graph: Stage
+    precision: str
+    table: CalibrationTable | None = None
+
+    @property
+    def reference(self) -> str:
+        """Digest of the calibration table, empty for none."""
+        return self.table.digest if self.table else ""
 
 
-def _export(model: ModelRequest, reporter: Reporter, folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-    from cnncc.compiler.export import export
-    from cnncc.compiler.ingest import ingest
-
-    reporter.progress("loading the model", 0.1)
-    ingested = ingest(model)
-    reporter.progress("exporting to ONNX", 0.4)
-    exported = export(ingested)
-    files = {"exported.onnx": folder / "exported.onnx"}
-    files["exported.onnx"].write_bytes(exported.graph.serialized)
-    if exported.program is not None:
-        files["program.pt2"] = folder / "program.pt2"
-        exported.save_program(files["program.pt2"])
-    value = {
-        "name": ingested.name,
-        "source": ingested.source,
-        "digest": ingested.digest,
-        "graph": exported.graph.digest,
-        "inputs": to_plain(exported.graph.inputs),
-        "outputs": to_plain(exported.graph.outputs),
-        "preprocessing": to_plain(ingested.preprocessing),
-        "labels": list(ingested.labels),
-        "dependencies": {str(path): digest_file(path) for path in ingested.dependencies},
-        "notes": list(ingested.notes),
-        "nodes": len(exported.graph.proto.graph.node),
-    }
-    return value, files, f"{ingested.source} → ONNX opset {exported.graph.opset}, {value['nodes']} nodes"
-
-
-def clean_stage(export: Stage, cache: Cache, reporter: Reporter) -> Stage:
-    """Return the stage that cleans the exported graph."""
-    for note in export.value["notes"]:
-        reporter.note(note)
-    key = cache.key("clean", graph=export.value["graph"], tools=_tools("onnx", "onnxruntime"))
-    return Stage("clean", key, functools.partial(_clean, export), cache, reporter)
-
-
-def _clean(export: Stage, folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-    from cnncc.compiler.passes.pipeline import clean
+def _quantized(export: Stage, clean: Stage, request: CompileRequest, cache: Cache, reporter: Reporter) -> _Graph:
+    """Return the graph to build from: the cleaned one, or its Q/DQ form."""
     from cnncc.graph.reader import load_trusted
 
-    graph = load_trusted(export.file("exported.onnx"))
-    cleaned, report = clean(graph)
-    path = folder / "cleaned.onnx"
-    path.write_bytes(cleaned.serialized)
-    before, after = len(graph.proto.graph.node), len(cleaned.proto.graph.node)
-    value = {"graph": cleaned.digest, "report": to_plain(report), "nodes": after}
-    return value, {"cleaned.onnx": path}, f"{before} → {after} nodes, numerics proved"
+    if clean.value["quantized"]:
+        if request.precision != FP32:
+            raise UsageError(
+                "the model carries Q/DQ already, with scales of its own",
+                hint="leave --precision and --data out: its scales are respected; or give the float32 model",
+            )
+        reporter.note("the model carries Q/DQ: its own scales are used")
+        tell_findings(load_trusted(clean.file(CLEANED)), (), (request.target,), reporter)
+        return _Graph(clean, INT8)
+    if request.precision == FP32:
+        return _Graph(clean, FP32)
+    if request.table is not None:
+        table = read_table(request.table)
+        _check_preprocessing(table, request.preprocessing or preprocessing_of(export))
+    else:
+        table = table_of(calibration_stage(export, clean, request.calibration, cache, reporter), reporter)
+    return _Graph(quantize_stage(export, clean, table, cache, reporter), INT8, table)
+
+
+def _check_preprocessing(table: CalibrationTable, wanted: Preprocessing | None) -> None:
+    """Refuse a table whose images came through another contract than the bundle's will.
+
+    Raises:
+        DataRefused: They differ.
+    """
+    used = table.data.preprocessing if table.data else None
+    if used is None or wanted is None or used == wanted:
+        return
+    pairs = zip(to_plain(used).items(), to_plain(wanted).values(), strict=True)
+    raise DataRefused(
+        "the table was calibrated with another preprocessing",
+        where=[f"{name}: {was}, now {now}" for (name, was), now in pairs if was != now],
+        hint="calibrate again with the --preprocess that the bundle gets, or leave --preprocess out",
+    )
 
 
 def _for_target(clean: Stage, target: Target, request: CompileRequest) -> dict[str, Any]:
@@ -330,7 +348,7 @@ def _for_target(clean: Stage, target: Target, request: CompileRequest) -> dict[s
         "machine": host_cpu().model if target.profile.cpu == NATIVE else "",
         "batches": request.batches,
         "kernels": to_plain(request.kernels),
-        "tools": {**_tools(), **target.toolchain()},
+        "tools": {**tools(), **target.toolchain()},
     }
 
 
@@ -351,13 +369,26 @@ def _build_stage(
     options = BuildOptions(target.profile, request.batches, request.kernels, measured, reporter.progress)
 
     def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-        engine = build_apart(target.name, clean.file("cleaned.onnx"), options, folder)
+        engine = build_apart(target.name, clean.file(CLEANED), options, folder)
         files = {name: path for name, (_role, path) in engine.files.items()}
         size = sum(path.stat().st_size for path in files.values())
         detail = f"{target.name} {engine.target.cpu}, {len(engine.layers)} kernels, {size / 1e6:.1f} MB"
         return {"engine": engine_to_plain(engine)}, files, detail
 
     return Stage("build", key, compute, cache, reporter)
+
+
+def _tell_executed(built: _Graph, build: Stage, target: Target, reporter: Reporter) -> None:
+    """Say where an engine of a quantized graph computes in float: its accuracy is int8's, its speed is not."""
+    if built.precision != INT8:
+        return
+    layers = [layer for layer in build.value["engine"]["layers"] if set(layer["ops"]) & PRODUCTS]
+    floats = [layer for layer in layers if layer["precision"] != INT8]
+    if floats:
+        reporter.note(
+            f"{target.name} computes {len(floats)} of {len(layers)} convolutions and products of the int8 model in "
+            f"{floats[0]['precision']}, from int8 weights and activations: the accuracy is int8's, the speed is not"
+        )
 
 
 def _engine_files(build: Stage, engine: Engine) -> dict[str, tuple[str, Path]]:
@@ -374,17 +405,16 @@ class _Inputs:
 
 
 def _inputs(request: CompileRequest, export: Stage) -> _Inputs:
-    stored = export.value["preprocessing"]
-    preprocessing = request.preprocessing or (msgspec.convert(stored, Preprocessing) if stored else None)
+    preprocessing = request.preprocessing or preprocessing_of(export)
     labels = request.labels or tuple(export.value["labels"])
     data = None
     if request.data:
-        data = load_data(request.data, _specs(export, "inputs"), preprocessing, limit=request.samples)
+        data = load_data(request.data, specs_of(export, "inputs"), preprocessing, limit=request.samples)
     return _Inputs(preprocessing, labels, data)
 
 
 def _verify_stage(
-    export: Stage, clean: Stage, build: Stage, request: CompileRequest, cache: Cache, reporter: Reporter
+    export: Stage, built: _Graph, build: Stage, request: CompileRequest, cache: Cache, reporter: Reporter
 ) -> Stage:
     inputs = _inputs(request, export)
     key = cache.key(
@@ -394,19 +424,19 @@ def _verify_stage(
         data=inputs.data.digest if inputs.data else "",
         preprocessing=to_plain(inputs.preprocessing),
         labels=inputs.labels,
-        options=[request.reference, request.keep_failed, bundle_name(request.output)],
-        tools=_tools("torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi"),
+        options=[request.reference, request.keep_failed, bundle_name(request.output), built.precision, built.reference],
+        tools=tools("torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi"),
     )
 
     def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-        proof = _prove(export, clean, build, request, inputs, folder)
+        proof = _prove(export, built, build, request, inputs, folder)
         if proof.state == "failed" and not request.keep_failed:
             raise ParityFailed(
                 "the engine does not compute what the model computes; no bundle was written",
                 where=proof.report.failures,
                 hint="`--keep-failed` keeps the bundle, marked as failed; then `cnncc verify --layers` finds the layer",
             )
-        manifest = _manifest(export, proof.engine, request, inputs, proof.state)
+        manifest = _manifest(export, built, proof.engine, request, inputs, proof.state)
         contents = folder / "bundle"
         contents.mkdir()
         files: dict[str, tuple[str, Path | bytes]] = {
@@ -415,7 +445,9 @@ def _verify_stage(
             GOLDEN: ("golden", proof.golden),
         }
         if request.reference:
-            files[REFERENCE] = ("reference", clean.file("cleaned.onnx"))
+            files[REFERENCE] = ("reference", built.graph.file(CLEANED))
+        if built.table is not None:
+            files[TABLE] = ("report", built.table.to_bytes())
         bundle = write_bundle(contents, manifest, files)
         value = {"state": proof.state, "manifest": bundle.digest, "failures": list(proof.report.failures)}
         names = (MANIFEST, *bundle.manifest.files)
@@ -435,7 +467,9 @@ class _Proof:
     state: str
 
 
-def _prove(export: Stage, clean: Stage, build: Stage, request: CompileRequest, inputs: _Inputs, folder: Path) -> _Proof:
+def _prove(
+    export: Stage, built: _Graph, build: Stage, request: CompileRequest, inputs: _Inputs, folder: Path
+) -> _Proof:
     """Run the engine and its references on the same samples.
 
     The engine runs in a process of its own, out of a bundle whose parity is still pending: the very path of a device.
@@ -446,20 +480,23 @@ def _prove(export: Stage, clean: Stage, build: Stage, request: CompileRequest, i
     engine = engine_from_plain(build.value["engine"], folder)
     trial = folder / "trial.cnncc"
     trial.mkdir()
-    manifest = _manifest(export, engine, request, inputs, "pending")
+    manifest = _manifest(export, built, engine, request, inputs, "pending")
     write_bundle(trial, manifest, _engine_files(build, engine))
-    feeds, names = random_samples(_specs(export, "inputs"), batches=request.batches, count=SAMPLES)
+    feeds, names = random_samples(specs_of(export, "inputs"), batches=request.batches, count=SAMPLES)
     if inputs.data is not None:
         feeds += [sample.feeds for sample in inputs.data.samples]
         names += [sample.name for sample in inputs.data.samples]
     mismatch = engine_mismatch(engine.target)
     if mismatch is not None:
         build.reporter.note(f"{mismatch.message}: parity is pending until `cnncc verify` runs on the device")
+    cleaned = functools.partial(load_trusted, built.graph.file(CLEANED))
+    # a quantized engine is to compute what the Q/DQ graph says; how far that is from the model, calibration measured
+    exported = cleaned if built.table else functools.partial(load_trusted, export.file(EXPORTED))
     with EngineProcess(trial) if mismatch is None else nullcontext() as process:
         found = verify_engine(
-            exported=functools.partial(load_trusted, export.file("exported.onnx")),
-            cleaned=functools.partial(load_trusted, clean.file("cleaned.onnx")),
-            torch_run=_torch_run(export),
+            exported=exported,
+            cleaned=cleaned,
+            torch_run=None if built.table else _torch_run(export),
             engine_run=process.run if process else None,
             samples=feeds,
             sample_names=names,
@@ -485,10 +522,12 @@ def _torch_run(export: Stage) -> Callable[[Feeds], Tensors] | None:
         return None
     from cnncc.compiler.torch_run import program_runner
 
-    return program_runner(export.file("program.pt2"), [spec.name for spec in _specs(export, "outputs")])
+    return program_runner(export.file("program.pt2"), [spec.name for spec in specs_of(export, "outputs")])
 
 
-def _manifest(export: Stage, engine: Engine, request: CompileRequest, inputs: _Inputs, parity: str) -> Manifest:
+def _manifest(
+    export: Stage, built: _Graph, engine: Engine, request: CompileRequest, inputs: _Inputs, parity: str
+) -> Manifest:
     value = export.value
     model = {"source": value["source"], "digest": value["digest"], "graph": value["graph"]}
     if "program.pt2" in export.digests:
@@ -499,15 +538,15 @@ def _manifest(export: Stage, engine: Engine, request: CompileRequest, inputs: _I
         model=model,
         target=engine.target,
         engine=engine.record,
-        inputs=_specs(export, "inputs"),
-        outputs=_specs(export, "outputs"),
+        inputs=specs_of(export, "inputs"),
+        outputs=specs_of(export, "outputs"),
         batches=request.batches,
         preprocessing=inputs.preprocessing,
         labels=inputs.labels,
-        precision="fp32",
+        precision=built.precision,
         layers=engine.layers,
         parity=parity,
-        toolchain={**_versions("torch", "onnx", "onnxruntime"), **engine.toolchain},
+        toolchain={**versions("torch", "onnx", "onnxruntime"), **engine.toolchain},
         reproducible=engine.reproducible,
         files={},
     )
@@ -562,53 +601,8 @@ def _holds(output: Path, digest: str) -> bool:
 # ---- what keys are made of
 
 
-def _specs(export: Stage, which: str) -> tuple[TensorSpec, ...]:
-    return msgspec.convert(export.value[which], tuple[TensorSpec, ...])
-
-
-def _named_files(model: ModelRequest) -> dict[str, str]:
-    """Return the digests of the files that the request itself names."""
-    path, weights = parse_reference(model.reference).path, model.weights
-    if weights is not None and not weights.is_file():
-        what = "is a folder" if weights.is_dir() else "does not exist"
-        raise WeightsRefused(f"the weights file {weights} {what}", hint="give a .safetensors or .pt file")
-    found = {}
-    for role, file in (("model", path), ("weights", weights)):
-        if file is None:
-            continue
-        try:
-            found[role] = digest_file(existing_file(file))
-        except OSError as exc:
-            raise ModelRefused(f"{file} cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
-    return found
-
-
-def _dependencies_hold(recorded: dict[str, str]) -> bool:
-    try:
-        return all(digest_file(Path(path)) == digest for path, digest in recorded.items())
-    except OSError:
-        return False
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {package: importlib.metadata.version(package) for package in packages}
-    return {"cnncc": cnncc.__version__, "python": platform.python_version(), **found}
-
-
-@functools.cache
-def _own_digest() -> str:
-    """Digest of cnncc's own source: a changed compiler must not reuse what another one made."""
-    roots = [Path(module.__file__).parent for module in (cnncc, cnncc_runtime) if module.__file__]
-    files = sorted(path for root in roots for path in root.rglob("*") if path.suffix in (".py", ".ll"))
-    return digest_json([[path.name, digest_file(path)] for path in files])
-
-
-def _tools(*packages: str) -> dict[str, str]:
-    return {**_versions(*packages), "source": _own_digest()}
-
-
 def _check_batches(export: Stage, batches: tuple[int, ...]) -> None:
-    symbolic = any(spec.symbols for spec in _specs(export, "inputs"))
+    symbolic = any(spec.symbols for spec in specs_of(export, "inputs"))
     if symbolic and not batches:
         raise UsageError(
             "the model has a symbolic batch, and no batch sizes to build for were given", hint="add --batch 1,8"

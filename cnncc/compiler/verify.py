@@ -17,10 +17,13 @@ import numpy as np
 import onnx
 
 from cnncc.compiler.parity import (
+    FLOAT_RULES,
+    QUANTIZED_RULES,
     Comparison,
     LayerParity,
     OutputParity,
     ParityReport,
+    Rules,
     SubjectParity,
     Tolerance,
     compare,
@@ -31,6 +34,7 @@ from cnncc.compiler.parity import (
     make_report,
 )
 from cnncc.graph.feeds import random_feeds
+from cnncc.graph.jitter import is_quantized, jittered
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import read_onnx, with_shapes
@@ -51,6 +55,9 @@ Executor = Callable[[OnnxGraph], Run]
 DEFAULT_SAMPLES = 2
 """Random samples per model where the caller gives none: one could be lucky, two seldom are."""
 
+_JITTERS = 4
+"""Runs with jitter that a quantized graph's noise floor is the worst of."""
+
 _LAYER_CHUNK = 256 << 20
 """Bytes of intermediate tensors that one engine of `verify_layers` gives out."""
 
@@ -70,15 +77,25 @@ class Verification:
 
 @dataclass(frozen=True, eq=False)
 class _Samples:
-    """The samples, and what the truth and float32 ONNX Runtime make of them."""
+    """The samples, and what the truth and float32 ONNX Runtime make of them; of a quantized graph, with jitter too."""
 
     names: tuple[str, ...]
     feeds: tuple[Feeds, ...]
     truth: tuple[Tensors, ...]
     floor: tuple[Tensors, ...]
+    jittered: tuple[tuple[Tensors, ...], ...] = ()
+
+    @property
+    def rules(self) -> Rules:
+        """By which tolerances are derived."""
+        return QUANTIZED_RULES if self.jittered else FLOAT_RULES
 
     def tolerances(self) -> dict[str, Tolerance]:
-        return {name: derive_tolerance(found) for name, found in self.compare_floor().items()}
+        """Derive tolerances from ONNX Runtime's errors, jittered runs included."""
+        runs = [self.compare(outputs) for outputs in (self.floor, *self.jittered)]
+        return {
+            name: derive_tolerance([each for run in runs for each in run[name]], rules=self.rules) for name in runs[0]
+        }
 
     def compare_floor(self) -> dict[str, list[Comparison]]:
         return self.compare(self.floor)
@@ -157,13 +174,13 @@ def verify_engine(
         del run  # frees its weights before the engine takes memory
     if engine_run is None:
         notes = ["the engine was not run: this machine is not the one that it was built for"]
-        return Verification(make_report(sample_names, subjects, notes=notes), _golden(measured))
+        return Verification(make_report(sample_names, subjects, notes=notes, rules=measured.rules), _golden(measured))
     outputs = [engine_run(feeds) for feeds in samples]
     subjects.append(_judge(measured, "engine", "the engine", outputs))
     if torch_outputs is not None:
         subjects.append(_report_pair(measured, "engine", "pytorch", outputs, torch_outputs))
     subjects.append(_report_pair(measured, "engine", "onnxruntime", outputs, measured.floor))
-    return Verification(make_report(sample_names, subjects), _golden(measured))
+    return Verification(make_report(sample_names, subjects, rules=measured.rules), _golden(measured))
 
 
 def verify_bundle(
@@ -217,7 +234,7 @@ def verify_bundle(
         *checked,
     ]
     found = verify_layers(graph, layers, samples[0], truth=truth) if layers else ()
-    return make_report(sample_names, subjects, layers=found, notes=_layer_notes(found))
+    return make_report(sample_names, subjects, layers=found, notes=_layer_notes(found), rules=measured.rules)
 
 
 def verify_golden(session: Runs, golden: Golden) -> SubjectParity:
@@ -297,11 +314,11 @@ def verify_layers(
         part = shaped.with_outputs(chunk)
         measured = _measure(part, [feeds], ["sample"], truth or _exact)
         outputs = [build(part)(feeds)]
-        floor, engine = measured.compare_floor(), measured.compare(outputs)
+        floor, engine, tolerances = measured.compare_floor(), measured.compare(outputs), measured.tolerances()
         for node in part.nodes:
             for name in node.output:
                 if name in engine:
-                    found.append(_layer(node, name, floor[name], engine[name]))
+                    found.append(_layer(node, name, floor[name], engine[name], tolerances[name]))
     return tuple(found)
 
 
@@ -310,9 +327,15 @@ def first_divergence(layers: Sequence[LayerParity]) -> LayerParity | None:
     return next((layer for layer in layers if not layer.within), None)
 
 
-def _layer(node: onnx.NodeProto, name: str, floor: Sequence[Comparison], engine: Sequence[Comparison]) -> LayerParity:
+def _layer(
+    node: onnx.NodeProto,
+    name: str,
+    floor: Sequence[Comparison],
+    engine: Sequence[Comparison],
+    tolerance: Tolerance,
+) -> LayerParity:
     reached = judge_floor(name, ["sample"], floor)
-    judged = judge_output("the engine", name, ["sample"], engine, derive_tolerance(floor))
+    judged = judge_output("the engine", name, ["sample"], engine, tolerance)
     return LayerParity(
         module_path(node),
         node_label(node),
@@ -364,15 +387,30 @@ def _measure(source: GraphSource, samples: Sequence[Feeds], names: Sequence[str]
     run = _reference(source)
     floor = tuple(run(feeds) for feeds in samples)
     del run  # frees its weights before the truth's, twice as large, are made
+    moved = _jittered(source, samples)
     run = truth(_load(source))
     exact = tuple(run(feeds) for feeds in samples)
     del run
     gc.collect()  # onnx's evaluator sits in reference cycles, and it holds the weights in float64
-    return _Samples(tuple(names), tuple(samples), exact, floor)
+    return _Samples(tuple(names), tuple(samples), exact, floor, moved)
+
+
+def _jittered(source: GraphSource, samples: Sequence[Feeds]) -> tuple[tuple[Tensors, ...], ...]:
+    graph = _load(source)
+    if not is_quantized(graph):
+        return ()
+    runs = []
+    for seed in range(_JITTERS):
+        run = _reference(jittered(graph, seed))
+        runs.append(tuple(run(feeds) for feeds in samples))
+    return tuple(runs)
 
 
 def _judge_floor(measured: _Samples) -> SubjectParity:
-    outputs = [judge_floor(name, measured.names, found) for name, found in measured.compare_floor().items()]
+    outputs = [
+        judge_floor(name, measured.names, found, rules=measured.rules)
+        for name, found in measured.compare_floor().items()
+    ]
     return SubjectParity("onnxruntime", "truth", True, tuple(outputs))
 
 

@@ -18,7 +18,9 @@ import cnncc_runtime
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 OUT = Path("build/demo")
+BUNDLES = {"fp32": "digits.cnncc", "int8": "digits-int8.cnncc"}
 REQUIRED_ACCURACY = 0.97
+ALLOWED_DROP = 0.5  # points
 
 
 def step(title: str, *command: str) -> None:
@@ -31,28 +33,47 @@ def step(title: str, *command: str) -> None:
 
 
 def compare() -> None:
-    """Classify the held-out images in PyTorch and in the engine; they must agree, and be right often enough."""
-    print("\n── The held-out images, in PyTorch and in the engine", flush=True)
+    """Classify the held-out images in PyTorch and in both engines.
+
+    The float engine must agree with PyTorch everywhere, the int8 engine must lose no more than it was allowed, and both
+    must be right often enough.
+    """
+    print("\n── The held-out images, in PyTorch and in the engines", flush=True)
     with np.load(OUT / "heldout.npz") as held:
         x, y = held["x"], held["y"]
     network = build()
     network.load_state_dict(load_file(OUT / "digits.safetensors"))
     with torch.no_grad():
-        expected = network.eval()(torch.from_numpy(x)).numpy().argmax(1)
-    engine = cnncc_runtime.load(OUT / "digits.cnncc")
-    found = np.array([np.asarray(engine(image[None])).argmax() for image in x])
-    accuracy = float((found == y).mean())
-    print(f"PyTorch {float((expected == y).mean()):.2%}, engine {accuracy:.2%} of {len(y)} images")
-    print(f"same prediction on {int((found == expected).sum())} of {len(y)}")
-    if accuracy < REQUIRED_ACCURACY or not np.array_equal(found, expected):
-        sys.exit(f"the demo failed: the engine must agree everywhere and reach {REQUIRED_ACCURACY:.0%}")
+        scores = network.eval()(torch.from_numpy(x)).numpy()
+    print(f"{'':8}  {'accuracy':>8}  {'as PyTorch':>10}  {'SQNR':>8}")
+    reached = {"PyTorch": row("PyTorch", scores, scores, y)}
+    for name in ("fp32", "int8"):
+        engine = cnncc_runtime.load(OUT / BUNDLES[name])
+        found = np.concatenate([np.asarray(engine(image[None])) for image in x])
+        reached[name] = row(name, found, scores, y)
+        if name == "fp32" and not np.array_equal(found.argmax(1), scores.argmax(1)):
+            sys.exit("the demo failed: the float engine must agree with PyTorch everywhere")
+    if min(reached.values()) < REQUIRED_ACCURACY:
+        sys.exit(f"the demo failed: both engines must reach {REQUIRED_ACCURACY:.0%}")
+    if 100 * (reached["PyTorch"] - reached["int8"]) > ALLOWED_DROP:
+        sys.exit(f"the demo failed: int8 may lose {ALLOWED_DROP} points")
+
+
+def row(name: str, found: np.ndarray, scores: np.ndarray, y: np.ndarray) -> float:
+    """Print a line of the comparison and return the accuracy."""
+    accuracy = float((found.argmax(1) == y).mean())
+    same = int((found.argmax(1) == scores.argmax(1)).sum())
+    noise = float(((found - scores) ** 2).sum())
+    sqnr = f"{10 * np.log10(float((scores**2).sum()) / noise):.1f} dB" if noise else "–"
+    print(f"{name:8}  {accuracy:8.2%}  {same:>4} / {len(y)}  {sqnr:>8}")
+    return accuracy
 
 
 def main() -> None:
     """Run every step."""
     start = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    weights, bundle = str(OUT / "digits.safetensors"), str(OUT / "digits.cnncc")
+    weights, bundle = str(OUT / "digits.safetensors"), str(OUT / BUNDLES["fp32"])
     model = (
         str(HERE.relative_to(Path.cwd()) / "model.py") if HERE.is_relative_to(Path.cwd()) else str(HERE / "model.py")
     )
@@ -61,6 +82,19 @@ def main() -> None:
         "Compile",
         *("cnncc", "compile", f"{model}:build", "--weights", weights, "--input-shape", "1,3,28,28"),
         *("--target", "llvm", "--data", str(OUT / "heldout.npz"), "-o", bundle),
+    )
+    step(
+        "Compile to int8, calibrated on training images, with the accuracy that may be lost",
+        *("cnncc", "compile", f"{model}:build", "--weights", weights, "--input-shape", "1,3,28,28"),
+        *("--target", "llvm", "--precision", "int8", "--data", str(OUT / "calibration.npz")),
+        *(
+            "--val",
+            str(OUT / "heldout.npz"),
+            "--max-accuracy-drop",
+            str(ALLOWED_DROP),
+            "-o",
+            str(OUT / BUNDLES["int8"]),
+        ),
     )
     step("Verify", "cnncc", "verify", bundle)
     step("Benchmark", "cnncc", "bench", bundle, "--against", "ort,torch")

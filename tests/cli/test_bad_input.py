@@ -157,7 +157,7 @@ FLAGS = {
     "an unknown feature": (["--mattr", "+avx3"], 2, "'avx3'", "avx2"),
     "an unknown triple": (["--mtriple", "pdp11-dec-unix"], 2, "pdp11-dec-unix", "x86_64"),
     "another operating system": (["--mtriple", "x86_64-pc-windows-msvc"], 2, "engines are built for Linux", "x86_64"),
-    "a precision that is not there": (["--precision", "int8"], 2, "'int8' is not 'fp32'", ""),
+    "a precision that is not there": (["--precision", "int4"], 2, "'int4' is not one of", ""),
     "a batch that is no number": (["--batch", "1,x"], 2, "--batch 1,x", "--batch 1,8"),
     "a batch twice": (["--batch", "4,4"], 2, "--batch 4,4", "--batch 1,8"),
     "a batch of nothing": (["--batch", "0"], 2, "--batch 0", "--batch 1,8"),
