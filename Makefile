@@ -10,7 +10,17 @@ EXTRAS := dev$(shell command -v ld.lld ld cc >/dev/null || echo ',cross')
 EXECUTORCH := $(VENV)/executorch
 EXECUTORCH_PYTHON = $(if $(wildcard $(EXECUTORCH)/bin/python),CNNCC_BENCH_PYTHON_EXECUTORCH=$(abspath $(EXECUTORCH)/bin/python))
 
-.PHONY: help setup demo test lint check bench executorch threads zoo clean
+# Families of many foundries, so that those held back for testing look like none that was trained on
+FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averia-gwf fonts-averia-sans-gwf fonts-b612 \
+    fonts-cabin fonts-cantarell fonts-century-catalogue fonts-cmu fonts-comfortaa fonts-courier-prime \
+    fonts-crosextra-caladea fonts-crosextra-carlito fonts-dejavu-core fonts-dosis fonts-ebgaramond fonts-fanwood \
+    fonts-firacode fonts-freefont-ttf fonts-gfs-artemisia fonts-gfs-didot fonts-gfs-neohellenic fonts-goudybookletter \
+    fonts-hack fonts-inconsolata fonts-jetbrains-mono fonts-jura fonts-lato fonts-league-spartan fonts-levien-museum \
+    fonts-liberation2 fonts-linuxlibertine fonts-oldstandard fonts-open-sans fonts-opendin fonts-play fonts-prociono \
+    fonts-quicksand fonts-roboto-unhinted fonts-sil-charis fonts-sil-gentium fonts-texgyre fonts-tuffy fonts-urw-base35 \
+    fonts-vollkorn fonts-yanone-kaffeesatz
+
+.PHONY: help setup demo test lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +30,10 @@ help:
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
 	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
 	@echo 'make executorch   an environment for one more peer'
+	@echo 'make accuracy   int8 by cnncc and by other quantizers, on networks trained here; ACCURACY=... narrows it'
+	@echo 'make calibration-cost   time and memory of calibrating ResNet-50, ours and ONNX Runtime'"'"'s'
+	@echo 'make quantizers   environments for ModelOpt and NNCF'
+	@echo 'make fonts   the Debian fonts that the networks of make accuracy are trained with (as root)'
 	@echo 'make threads   pool.ll of pool.c, where the latter was changed'
 	@echo 'make zoo     every architecture, light and heavy'
 	@echo 'make clean   remove .venv and build outputs'
@@ -62,6 +76,28 @@ $(VENV)/.peers: pyproject.toml | setup
 executorch: setup
 	$(PYTHON) -m venv $(EXECUTORCH)
 	$(EXECUTORCH)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 executorch==1.5.1 msgspec numpy
+
+# ACCURACY passes arguments on: make accuracy ACCURACY='resnet mbv2 --seeds 1 --peers ort-percentile-lean'
+accuracy: setup $(VENV)/.quantizers
+	$(BIN)/python benchmarks/accuracy.py $(ACCURACY)
+
+calibration-cost: setup
+	$(BIN)/python benchmarks/calibration_cost.py $(COST)
+
+# Each pins versions of onnx and onnxruntime that are not ours; 3.3 GB together
+quantizers: $(VENV)/.quantizers
+
+$(VENV)/.quantizers: Makefile | setup
+	$(PYTHON) -m venv $(VENV)/nncf
+	$(VENV)/nncf/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 nncf==3.4.0 onnx onnxruntime || \
+	    echo 'NNCF could not be installed: the table will say so'
+	$(PYTHON) -m venv $(VENV)/modelopt
+	$(VENV)/modelopt/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'nvidia-modelopt[onnx]==0.47.0' || \
+	    echo 'ModelOpt could not be installed: the table will say so'
+	touch $@
+
+fonts:
+	apt-get install --yes --no-install-recommends $(FONTS)
 
 # clang comes with the linker of the extra `cross`, into an environment of its own
 threads: setup
