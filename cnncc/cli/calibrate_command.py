@@ -55,8 +55,8 @@ def command(
     """Find MODEL's int8 scales on your data, and write them as a calibration table.
 
     One pass over the data, in memory that does not grow with it. Each step (equalizing channels, choosing thresholds,
-    correcting biases) is kept only where it brings the outputs nearer to the float model's. Interrupted, the same
-    command goes on where it was.
+    shifting tensors, correcting biases) is kept only where it brings the outputs nearer to the float model's.
+    Interrupted, the same command goes on where it was.
     """
     from cnncc.compiler.calibration import calibrate, import_cache
     from cnncc.compiler.model_reference import parse_reference
