@@ -49,11 +49,15 @@ class Measured:
     failure: str = ""
 
     def rate(self, clock: Callable[[Cost], float]) -> float | None:
-        """Return images per second of a clock, between the fewest and the most; None with fewer than two figures."""
+        """Return images per second of a clock, between the fewest and the most.
+
+        None with fewer than two figures, and where more images took no longer: that was the machine's noise.
+        """
         if len(self.costs) < 2:
             return None
         fewest, most = min(self.costs), max(self.costs)
-        return (most - fewest) / max(clock(self.costs[most]) - clock(self.costs[fewest]), 1e-9)
+        longer = clock(self.costs[most]) - clock(self.costs[fewest])
+        return (most - fewest) / longer if longer > 0 else None
 
 
 def parse_counts(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
