@@ -29,7 +29,7 @@ BATCH = 4
 LEAN = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
+class Reader(CalibrationDataReader):
     """Gives the calibrator its images, a batch after the other."""
 
     def __init__(self, name: str, x: np.ndarray[Any, Any]) -> None:

@@ -106,7 +106,7 @@ def uneven(network: MobileNet, *, seed: int, sigma: float = SIGMA) -> None:
 
 
 def _sequences(network: MobileNet) -> list[nn.Sequential]:
-    return [network.stem, *(block.layers for block in network.blocks), network.last]  # type: ignore[misc]
+    return [network.stem, *(block.layers for block in network.blocks), network.last]
 
 
 def _normalize(images: torch.Tensor) -> torch.Tensor:
