@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -63,7 +62,7 @@ from cnncc_runtime.specs import Feeds
 _MEASURED_ELEMENTS = 1 << 26
 """Elements that layers read, over the samples that steps are judged by: bounds their time and memory."""
 
-_FEWEST, _MOST = 8, 64
+_FEWEST, _MOST = 4, 64
 """Samples that steps are judged by."""
 
 _FEW = 4
@@ -265,7 +264,7 @@ class _Calibration:
         return found[half:], found[:half] or found
 
     def _prepare(self) -> None:
-        """Equalize channels, where that helps: by weights alone, or by weights and activations."""
+        """Equalize channels, where that helps: by activations and weights, or else by weights alone."""
         if not self.job.options.equalize:
             return
         self.job.progress("trying to equalize channels", 0.1)
@@ -273,22 +272,19 @@ class _Calibration:
         rectified = relu6_to_relu(graph)
         kept = self._roughly(_State(graph, self.state.layers, self.state.floats))
         best = self.judge.sqnr(kept.quantized())
-        for step, base in (("equalization", graph), ("ReLU6 → ReLU, equalization", rectified)):
-            if step.startswith("ReLU6") and not _changed(graph, rectified):
+        for base, name in ((graph, "equalization"), (rectified, "ReLU6 → ReLU, equalization")):
+            if base is rectified and not _changed(graph, rectified):
                 continue
-            after = -math.inf
-            found = None
-            for by_activations in (False, True):
-                state = self._equalized(base, self._ranges(base) if by_activations else None)
-                score = self.judge.sqnr(state.quantized()) if state is not None else -math.inf
-                if score > after:
-                    after, found = score, state
-            if found is None:
-                continue
-            better = after > best + _WORTH
-            self.steps.append(StepRecord(step, round(best, 3), round(after, 3), better))
-            if better:
-                best, kept = after, replace(found, relu6_to_relu=base is rectified)
+            for by in ("activations", "weights"):
+                found = self._equalized(base, self._ranges(base) if by == "activations" else None)
+                if found is None:
+                    continue
+                after = self.judge.sqnr(found.quantized())
+                better = after > best + _WORTH
+                self.steps.append(StepRecord(f"{name} by {by}", round(best, 3), round(after, 3), better))
+                if better:
+                    best, kept = after, replace(found, relu6_to_relu=base is rectified)
+                    break
         self.state = replace(kept, scales={})
 
     def _equalized(self, graph: OnnxGraph, ranges: Mapping[str, NDArray[np.float64]] | None) -> _State | None:

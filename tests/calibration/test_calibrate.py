@@ -138,7 +138,7 @@ def test_a_step_is_kept_only_where_the_outputs_come_nearer(method: str, make: Ca
     final = table.steps[-1]
     assert table.sqnr_db == (final.after if final.kept else final.before)
     kept = {step.step for step in table.steps if step.kept}
-    assert bool(table.equalization) == bool(kept & {"equalization", "ReLU6 → ReLU, equalization"})
+    assert bool(table.equalization) == any("equalization" in step for step in kept)
     assert any(layer.bias for layer in table.layers) == ("bias correction" in kept)
     if method == "auto" and "thresholds per tensor" not in kept:
         assert {group.method for group in table.groups} == {"mse"}
@@ -150,7 +150,7 @@ def test_every_step_can_be_left_out() -> None:
     assert (table.steps, table.equalization, table.relu6_to_relu) == ((), (), False)
     assert not any(layer.bias for layer in table.layers)
     steps = {step.step for step in table_of(correct_bias=False, shift=False).steps}
-    assert steps <= {"equalization", "thresholds per tensor"}
+    assert {step for step in steps if "equalization" not in step} <= {"thresholds per tensor"}
     assert {step.step for step in table_of(equalize=False, method="max").steps} == {"bias correction"}
 
 
