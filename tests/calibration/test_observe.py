@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cnncc.calibration import observe as observe_module
 from cnncc.calibration import taps as taps_module
-from cnncc.calibration.histogram import BINS, Histogram
+from cnncc.calibration.histogram import Histogram
 from cnncc.calibration.observations import Observations
 from cnncc.calibration.observe import batch_of, observe, observe_batches
 from cnncc.calibration.stream import DataStream, batches
@@ -286,13 +286,13 @@ def test_an_input_is_called_by_its_own_name() -> None:
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:
-    nodes = Net(1, 3, 16, 16)
+    nodes = Net(1, 3, 64, 64)
     nodes.node("Relu", [nodes.node("Relu", ["x"], "a")], "b")
     graph = graph_of(nodes.nodes, nodes.inputs, {}, ["b"])
-    one = images(1, shape=(3, 16, 16))
+    one = images(1, shape=(3, 64, 64))
 
     def peak(count: int) -> int:
-        stream = stream_of(np.broadcast_to(one, (count, 3, 16, 16)))
+        stream = stream_of(np.broadcast_to(one, (count, 3, 64, 64)))
         tracemalloc.start()
         try:
             observe(graph, ["x", "a", "b"], stream)
@@ -302,8 +302,9 @@ def test_memory_does_not_grow_with_the_samples() -> None:
 
     peak(8)
     few, many = peak(32), peak(320)
-    assert many < few + 8 * BINS
-    assert many < 320 * one.nbytes
+    # how far the reader is ahead of the worker differs from run to run, by a few samples and their histograms
+    assert many - few < 24 * one.nbytes
+    assert 24 * one.nbytes < (320 - 32) * one.nbytes / 10
 
 
 def test_no_more_samples_are_read_ahead_than_workers_can_use() -> None:
