@@ -19,7 +19,7 @@ from onnx import helper
 
 from cnncc.calibration.plan import Layer
 from cnncc.calibration.taps import Taps
-from cnncc.graph.draft import Draft
+from cnncc.graph.draft import Draft, set_input
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import with_shapes
 from cnncc.graph.reference import Reference
@@ -80,9 +80,7 @@ def add_to_biases(graph: OnnxGraph, layers: Sequence[Layer], deltas: Mapping[str
         old = draft.array(layer.bias) if layer.bias else None
         name = draft.fresh(f"{layer.output}_bias_corrected")
         draft.set_constant(name, (delta if old is None else old + delta).astype(np.float32))
-        while len(node.input) < 3:
-            node.input.append("")
-        node.input[2] = name
+        set_input(node, 2, name)
     return draft.close()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from cnncc.calibration.plan import Group, Layer, Plan
+from cnncc.calibration.plan import Layer, Plan
 from cnncc.calibration.qdq import quantize_weight
 from cnncc.calibration.thresholds import scale_of
 from cnncc.graph.draft import Draft
@@ -43,7 +43,8 @@ def choose(
     tried = {name: _distinct(methods) for name, methods in candidates.items()}
     draft = Draft.of(graph)
     draft.outputs.clear()
-    readers = {name: [layer for layer in plan.layers if layer.tensor in group.read] for name, group in _named(plan)}
+    named = [(group.tensors[0], group) for group in plan.groups]
+    readers = {name: [layer for layer in plan.layers if layer.tensor in group.read] for name, group in named}
     outputs: dict[str, tuple[str, str, str]] = {}
     for name, layers in readers.items():
         if len(tried[name]) > 1:
@@ -64,10 +65,6 @@ def choose(
         }
         chosen[name] = min(shares, key=lambda method: shares[method]) if shares else next(iter(tried[name]))
     return chosen
-
-
-def _named(plan: Plan) -> list[tuple[str, Group]]:
-    return [(group.tensors[0], group) for group in plan.groups]
 
 
 def _distinct(methods: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from onnx import helper
 from cnncc.calibration.plan import PRODUCTS, Layer, Plan, is_mover
 from cnncc.calibration.shift import Shift, shiftable
 from cnncc.calibration.thresholds import LEVELS, SMALLEST_SCALE
-from cnncc.graph.draft import Draft
+from cnncc.graph.draft import Draft, set_input
 from cnncc.graph.names import MODULE_KEY, node_metadata, set_module_path
 from cnncc.graph.onnx_graph import OnnxGraph
 
@@ -118,9 +118,7 @@ def _take_up(draft: Draft, layer: Layer, node: onnx.NodeProto, amount: float) ->
         bias = bias + draft.array(layer.bias)
     name = draft.fresh(f"{layer.output}_bias_shifted")
     draft.set_constant(name, bias.astype(np.float32))
-    while len(node.input) < 3:
-        node.input.append("")
-    node.input[2] = name
+    set_input(node, 2, name)
 
 
 def _pair(draft: Draft, name: str, scale: float, pairs: dict[str, list[onnx.NodeProto]], amount: float) -> str:

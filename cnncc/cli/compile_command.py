@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cnncc.cli.main import cache_option, common
 from cnncc.cli.options import (
@@ -30,13 +31,6 @@ if TYPE_CHECKING:
 
 AUTO_DROP, AUTO_SQNR = 0.5, 20.0
 """What ``--precision auto`` asks for: points of accuracy on ``--val``, or dB of the outputs where there is none."""
-
-_BUDGET_FLAGS = {
-    "--val": "val",
-    "--keep": "keep",
-    "--max-accuracy-drop": "max_accuracy_drop",
-    "--min-sqnr": "min_sqnr",
-}
 
 
 @click.command(name="compile", epilog=MODEL_HELP)
@@ -193,7 +187,7 @@ def _calibration(
     """
     from cnncc.compiler.pipeline import FP32
 
-    asked = [flag for flag, name in _BUDGET_FLAGS.items() if given[name] not in (None, "", ())]
+    asked = _asked(given)
     if precision == FP32 and (asked or calib is not None):
         flag = asked[0] if asked else "--calib"
         raise UsageError(f"{flag} says nothing with --precision fp32", hint="add --precision int8, or leave it out")
@@ -206,6 +200,16 @@ def _calibration(
             calibration, max_accuracy_drop=AUTO_DROP if labelled else None, min_sqnr=None if labelled else AUTO_SQNR
         )
     return calibration
+
+
+def _asked(given: Mapping[str, Any]) -> list[str]:
+    """Return the flags of calibration that were given, as they were given."""
+    context = click.get_current_context()
+    return [
+        parameter.secondary_opts[0] if given[parameter.name] is False else parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in given and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
 
 
 def _document(result: Compiled) -> dict[str, Any]:

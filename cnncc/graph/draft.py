@@ -227,6 +227,12 @@ class GraphPass:
         return draft.close()
 
 
+def set_input(node: onnx.NodeProto, index: int, name: str) -> None:
+    """Set one of a node's inputs, optional ones that it did not have included."""
+    node.input.extend([""] * (index + 1 - len(node.input)))
+    node.input[index] = name
+
+
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     """Return a node's attribute as a Python value."""
     for entry in node.attribute:
