@@ -85,7 +85,7 @@ def main(
     try:
         chosen = PEERS if peers is None else find([name for name in peers.split(",") if name])
         recipes = [_recipe(net) for net in nets] or list(RECIPES.values())
-        quantizers = (OURS, *chosen) if ours else chosen
+        quantizers = (*OURS, *chosen) if ours else chosen
         plan = Plan(quantizers, tuple(range(seeds)), calibration_images, folder.absolute(), fresh)
         found = []
         for recipe in recipes:
@@ -129,7 +129,7 @@ def _entries(net: Trained, plan: Plan) -> Iterator[tuple[Quantizer, Entry]]:
         except DependencyMissing as exc:
             yield quantizer, Entry(net.seed, failure=f"{exc.message} ({exc.hint})")
             continue
-        if quantizer == OURS:
+        if quantizer in OURS:
             yield quantizer, _quantize(net, quantizer, plan.folder)
             continue
         worker = digest_file(HERE / quantizer.worker)

@@ -139,7 +139,7 @@ def line(found: Measured, images: tuple[int, ...]) -> str:
 
 def _command(name: str, network: Path, shape: str, data: Path, written: Path) -> list[str]:
     if name == "cnncc":
-        return OURS.commands(network, shape, data, written)[0]
+        return OURS[0].commands(network, shape, data, written)[0]
     method = name.removeprefix("ort-")
     return [sys.executable, str(HERE / "ort_worker.py"), str(network), str(data), str(written), method, "--ranges"]
 

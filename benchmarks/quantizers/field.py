@@ -106,7 +106,14 @@ def _modelopt(name: str, about: str, *arguments: str) -> Quantizer:
     return Quantizer(name, about, "nvidia-modelopt", "modelopt_worker.py", arguments, "modelopt")
 
 
-OURS = Ours("cnncc", "cnncc calibrate, cnncc quantize", "cnncc", "", ("--calibration-samples", "1000000"))
+_ALL = ("--calibration-samples", "1000000")
+
+OURS = (
+    Ours("cnncc", "cnncc calibrate, cnncc quantize", "cnncc", "", _ALL),
+    Ours(
+        "cnncc-float-adds", "the same, residual additions in float as in *-lean", "cnncc", "", (*_ALL, "--float-adds")
+    ),
+)
 """Ours, on all images that it is given."""
 
 PEERS = (

@@ -6,8 +6,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.quantizers.field import OURS
 from benchmarks.quantizers.judge import Verdict
 from benchmarks.quantizers.process import Cost
+
+OWN = tuple(each.name for each in OURS)
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,9 @@ def block(found: Block) -> Iterable[str]:
     )
     for line in found.lines:
         yield from _line(line)
-    if verdict := margin(found):
-        yield f"  {verdict}"
+    for name in OWN:
+        if verdict := margin(found, name):
+            yield f"  {verdict}"
 
 
 def _line(line: Line) -> Iterable[str]:
@@ -137,8 +141,8 @@ def _legality(line: Line) -> str:
     return f"no: {', '.join(faults)}" if faults else "yes"
 
 
-def margin(found: Block, ours: str = "cnncc") -> str:
-    """Return how far we are ahead of the best peer that TensorRT takes and that quantizes as many layers.
+def margin(found: Block, ours: str) -> str:
+    """Return how far one of ours is ahead of the best peer that TensorRT takes and that quantizes as many layers.
 
     Empty where we were not run, or failed.
     """
@@ -148,10 +152,10 @@ def margin(found: Block, ours: str = "cnncc") -> str:
     peers = [
         line
         for line in found.lines
-        if line is not own and line.complete and line.legal and line.quantized >= own.quantized
+        if line.quantizer not in OWN and line.complete and line.legal and line.quantized >= own.quantized
     ]
     if not peers:
         return "no peer that TensorRT takes quantizes as many layers"
     best = max(peers, key=lambda line: statistics.fmean(line.values(lambda verdict: verdict.sqnr)))
     ahead = [a.sqnr - b.sqnr for a, b in zip(own.verdicts, best.verdicts, strict=True)]
-    return f"ours beyond {best.quantizer}, the best at this coverage: {spread(ahead, 1)} dB"
+    return f"{ours} beyond {best.quantizer}, the best at this coverage: {spread(ahead, 1)} dB"

@@ -86,6 +86,7 @@ class Options:
         equalize: Whether channels may be equalized where that helps.
         shift: Whether tensors may be shifted where that helps; only by the method `AUTO`.
         correct_bias: Whether biases may be corrected where that helps.
+        float_adds: Whether additions of two tensors read float tensors.
         keep: Patterns of modules or nodes that stay in float.
         budget: What must be reached, by keeping more layers in float.
     """
@@ -94,6 +95,7 @@ class Options:
     equalize: bool = True
     shift: bool = True
     correct_bias: bool = True
+    float_adds: bool = False
     keep: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
 
@@ -145,6 +147,7 @@ class _State:
         graph: In float32, prepared.
         layers: All that can be quantized.
         floats: Of these, those that stay in float → why.
+        float_adds: Whether additions of two tensors read float tensors.
         scales: Tensor → scale.
         shifts: Tensor → shift.
         deltas: Layer → what is added to its bias while it is int8.
@@ -155,6 +158,7 @@ class _State:
     graph: OnnxGraph
     layers: tuple[Layer, ...]
     floats: Mapping[str, str]
+    float_adds: bool = False
     scales: dict[str, float] = field(default_factory=dict)
     shifts: dict[str, Shift] = field(default_factory=dict)
     deltas: Deltas = field(default_factory=dict)
@@ -169,7 +173,12 @@ class _State:
         """Return the Q/DQ graph."""
         chosen = [layer for layer in self.quantized_layers if layer.node not in more_floats]
         deltas = {layer.node: self.deltas[layer.node] for layer in chosen if layer.node in self.deltas}
-        return write(add_to_biases(self.graph, chosen, deltas), chosen, self.scales, self.shifts)
+        corrected = add_to_biases(self.graph, chosen, deltas)
+        return write(corrected, chosen, self.scales, self.shifts, float_adds=self.float_adds)
+
+    def plan(self) -> Plan:
+        """Return what is quantized."""
+        return plan_for(self.graph, self.quantized_layers, float_adds=self.float_adds)
 
 
 def calibrate(job: Job) -> CalibrationTable:
@@ -191,7 +200,7 @@ class _Calibration:
         self.job = job
         self.steps: list[StepRecord] = []
         layers = layers_of(job.graph)
-        self.state = _State(job.graph, layers, _kept(layers, job.options.keep))
+        self.state = _State(job.graph, layers, _kept(layers, job.options.keep), job.options.float_adds)
         if not layers:
             raise ModelRefused(
                 "nothing can be quantized: the model has no convolution or product with constant weights",
@@ -208,7 +217,7 @@ class _Calibration:
     def run(self) -> CalibrationTable:
         job = self.job
         self._prepare()
-        plan = plan_for(self.state.graph, self.state.quantized_layers)
+        plan = self.state.plan()
         read = [tensor for group in plan.groups for tensor in group.read]
         leftover = job.leftover("pass.npz")
         seen = observe(self.state.graph, read, job.stream, workers=job.workers, resume=leftover, progress=job.progress)
@@ -238,6 +247,7 @@ class _Calibration:
             method=job.options.method,
             groups=tuple(groups),
             layers=self._layer_records(),
+            float_adds=self.state.float_adds,
             relu6_to_relu=self.state.relu6_to_relu,
             equalization=tuple(equalization_record(each) for each in self.state.equalization),
             steps=tuple(self.steps),
@@ -270,7 +280,7 @@ class _Calibration:
         self.job.progress("trying to equalize channels", 0.1)
         graph = self.job.graph
         rectified = relu6_to_relu(graph)
-        kept = self._roughly(_State(graph, self.state.layers, self.state.floats))
+        kept = self._roughly(self.state)
         best = self.judge.sqnr(kept.quantized())
         for base, name in ((graph, "equalization"), (rectified, "ReLU6 → ReLU, equalization")):
             if base is rectified and not _changed(graph, rectified):
@@ -292,7 +302,7 @@ class _Calibration:
         moved = tuple(each for each in done if any(scale != 1.0 for scale in each.scales))
         if not moved:
             return None
-        return self._roughly(_State(scaled, layers_of(scaled), self.state.floats, equalization=moved))
+        return self._roughly(replace(self.state, graph=scaled, layers=layers_of(scaled), equalization=moved))
 
     def _ranges(self, graph: OnnxGraph) -> dict[str, NDArray[np.float64]]:
         """Return the largest activation of each channel that equalizing could scale, over the samples to fit on."""
@@ -302,7 +312,7 @@ class _Calibration:
 
     def _roughly(self, state: _State) -> _State:
         """Give a state scales that a few samples suffice for."""
-        plan = plan_for(state.graph, state.quantized_layers)
+        plan = state.plan()
         seen = observe_batches(state.graph, [tensor for group in plan.groups for tensor in group.read], self.few)
         scales = {
             tensor: scale_of(METHODS[_QUICK](pool(seen[name] for name in group.read)))

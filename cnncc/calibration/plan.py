@@ -82,10 +82,13 @@ class Plan:
     Attributes:
         layers: In the graph's order.
         groups: Disjoint; in the graph's order.
+        floating: Nodes that read the float tensor even where others read its pair: products that stay in float, and
+            additions of two tensors where these are wanted in float.
     """
 
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
+    floating: frozenset[str] = frozenset()
 
 
 def layers_of(graph: OnnxGraph) -> tuple[Layer, ...]:
@@ -105,8 +108,14 @@ def unsupported(graph: OnnxGraph, layers: Iterable[Layer]) -> tuple[onnx.NodePro
     return tuple(node for node in graph.nodes if node.op_type in PRODUCTS and node.name not in known)
 
 
-def plan_for(graph: OnnxGraph, layers: Iterable[Layer]) -> Plan:
-    """Return the tensors that must be quantized so that these layers are."""
+def plan_for(graph: OnnxGraph, layers: Iterable[Layer], *, float_adds: bool = False) -> Plan:
+    """Return the tensors that must be quantized so that these layers are.
+
+    Args:
+        graph: Cleaned, in float32.
+        layers: Of `layers_of` this graph.
+        float_adds: Whether the additions of two tensors, as those of residual blocks, read float tensors.
+    """
     layers = tuple(layers)
     order = {value.name: index for index, value in enumerate(graph.proto.graph.input)}
     for node in graph.nodes:
@@ -131,7 +140,13 @@ def plan_for(graph: OnnxGraph, layers: Iterable[Layer]) -> Plan:
     for name in sorted(leader, key=lambda name: order[name]):
         members.setdefault(root(name), []).append(name)
     groups = [Group(tuple(names), tuple(name for name in names if name in read)) for names in members.values()]
-    return Plan(layers, tuple(groups))
+    quantized = {layer.node for layer in layers}
+    floating = [
+        node.name
+        for node in graph.nodes
+        if (node.op_type in PRODUCTS and node.name not in quantized) or (float_adds and _adds_tensors(graph, node))
+    ]
+    return Plan(layers, tuple(groups), frozenset(floating))
 
 
 def is_mover(node: onnx.NodeProto) -> bool:
@@ -142,6 +157,10 @@ def is_mover(node: onnx.NodeProto) -> bool:
         return bool(attribute(node, "mode", b"nearest") == b"nearest")
     # the second output of MaxPool is indices, not values
     return node.op_type in _MOVERS and not (node.op_type == "MaxPool" and any(node.output[1:]))
+
+
+def _adds_tensors(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    return node.op_type == "Add" and node.domain in STANDARD and not graph.constants.keys() & set(node.input)
 
 
 def _data_inputs(node: onnx.NodeProto) -> list[str]:

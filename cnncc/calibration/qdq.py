@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from cnncc.calibration.plan import PRODUCTS, Layer, Plan, is_mover
+from cnncc.calibration.plan import Layer, Plan, is_mover
 from cnncc.calibration.shift import Shift, shiftable
 from cnncc.calibration.thresholds import LEVELS, SMALLEST_SCALE
 from cnncc.graph.draft import Draft, set_input
@@ -43,8 +43,6 @@ def insert_qdq(
     shifted = _shifted(graph, plan, shifts or {})
     quantized |= {name: shift.scale for name, shift in shifted.items()}
     layers = {layer.node: layer for layer in plan.layers}
-    # layers that stay in float read the float tensor even where others read its pair
-    floating = {node.name for node in graph.nodes if node.op_type in PRODUCTS and node.name not in layers}
     pairs: dict[str, list[onnx.NodeProto]] = {}
     moved = {
         name for node in graph.nodes if is_mover(node) and set(node.input) & shifted.keys() for name in node.output
@@ -56,7 +54,7 @@ def insert_qdq(
     weights: dict[tuple[str, int], str] = {}
     nodes: list[onnx.NodeProto] = [node for value in draft.inputs for node in pairs.get(value.name, ())]
     for node in draft.nodes:
-        if node.name not in floating and node.op_type not in _VALUELESS:
+        if node.name not in plan.floating and node.op_type not in _VALUELESS:
             for index, name in enumerate(node.input):
                 node.input[index] = replaced.get(name, name)
         if node.name in layers:

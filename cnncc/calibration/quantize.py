@@ -54,7 +54,7 @@ def quantize(graph: OnnxGraph, table: CalibrationTable, *, name: str, method: st
     quantized = {layer.node for layer in table.layers if layer.precision == "int8"}
     corrected = add_to_biases(prepared, layers, deltas)
     chosen = [layer for layer in layers if layer.node in quantized]
-    return write(corrected, chosen, scales, {} if method else table.shifts, table.digest)
+    return write(corrected, chosen, scales, {} if method else table.shifts, table.digest, float_adds=table.float_adds)
 
 
 def _deltas(graph: OnnxGraph, layers: Collection[Layer], table: CalibrationTable) -> Deltas:
@@ -118,6 +118,8 @@ def write(
     scales: Mapping[str, float],
     shifts: Mapping[str, Shift] | None = None,
     digest: str = "",
+    *,
+    float_adds: bool = False,
 ) -> OnnxGraph:
     """Return a prepared graph with these layers quantized.
 
@@ -127,11 +129,12 @@ def write(
         scales: Tensor → scale, of at least the tensors that these layers need.
         shifts: Tensors that are shifted.
         digest: Of the table, to be noted in the model.
+        float_adds: Whether additions of two tensors read float tensors.
 
     Raises:
         DataRefused: A tensor has no scale.
     """
-    chosen = plan_for(graph, layers)
+    chosen = plan_for(graph, layers, float_adds=float_adds)
     needed = [tensor for group in chosen.groups for tensor in group.tensors]
     if missing := [tensor for tensor in needed if tensor not in scales]:
         raise DataRefused(

@@ -8,14 +8,14 @@ Suppression+*, EMNLP 2023, section 4.1, shift so, per channel, against outliers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from cnncc.calibration.histogram import BINS, Histogram
-from cnncc.calibration.plan import PRODUCTS, Group, Plan, is_mover
+from cnncc.calibration.plan import Group, Plan, is_mover
 from cnncc.calibration.thresholds import LEVELS, SMALLEST_SCALE
 from cnncc.graph.draft import attribute
 from cnncc.graph.onnx_graph import OnnxGraph
@@ -46,33 +46,37 @@ class Shift:
 def shiftable(graph: OnnxGraph, plan: Plan) -> set[str]:
     """Return the groups, by their first tensor, that only layers without padding read.
 
-    Layers that stay in float read the float tensor. But movers within a group move what is shifted: what they make
+    What the plan leaves in float reads the float tensor. But movers within a group move what is shifted: what they make
     may neither be read in float nor be an output of the graph.
     """
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.nodes:
         for name in set(reads(node)):
             readers.setdefault(name, []).append(node)
-    quantized = {layer.node for layer in plan.layers}
+    layers = {layer.node for layer in plan.layers}
     moved = {name for node in graph.nodes if is_mover(node) for name in node.output}
     given = moved & {spec.name for spec in graph.outputs}
     return {
         group.tensors[0]
         for group in plan.groups
-        if not given.intersection(group.tensors) and _is_shiftable(group, readers, quantized, moved)
+        if not given.intersection(group.tensors) and _is_shiftable(group, readers, layers, plan.floating, moved)
     }
 
 
 def _is_shiftable(
-    group: Group, readers: Mapping[str, list[onnx.NodeProto]], quantized: set[str], moved: set[str]
+    group: Group,
+    readers: Mapping[str, list[onnx.NodeProto]],
+    layers: set[str],
+    floating: Collection[str],
+    moved: set[str],
 ) -> bool:
     inside = set(group.tensors)
     for name in group.tensors:
         for node in readers.get(name, ()):
-            if node.name in quantized:
+            if node.name in layers:
                 if not _takes_up(node) or node.input[0] != name:
                     return False
-            elif not _moves_within(node, inside) and (node.op_type not in PRODUCTS or name in moved):
+            elif not _moves_within(node, inside) and (node.name not in floating or name in moved):
                 return False
     return True
 

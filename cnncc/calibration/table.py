@@ -219,6 +219,7 @@ class CalibrationTable(Record, frozen=True):
         method: What was asked for: a method, ``auto`` or ``imported``.
         groups: Scales.
         layers: Every layer, those that can be quantized first.
+        float_adds: Whether additions of two tensors read float tensors.
         relu6_to_relu: Whether ReLU6 was replaced by ReLU, as equalizing needs it.
         equalization: Channel scales, in the order of their application.
         steps: What was tried.
@@ -235,6 +236,7 @@ class CalibrationTable(Record, frozen=True):
     method: str
     groups: tuple[GroupRecord, ...]
     layers: tuple[LayerRecord, ...]
+    float_adds: bool
     relu6_to_relu: bool
     equalization: tuple[EqualizationRecord, ...]
     steps: tuple[StepRecord, ...]

@@ -129,6 +129,7 @@ def table_of_cache(
             *(LayerRecord(layer.node, layer.module, layer.op, "int8", "", "") for layer in layers),
             *unsupported_records(graph, layers),
         ),
+        float_adds=False,
         relu6_to_relu=False,
         equalization=(),
         steps=(),

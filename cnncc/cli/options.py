@@ -72,6 +72,11 @@ def calibration_options(function: F) -> F:
             help="Keep as few layers in float as hold the accuracy on --val to this: top-1, or mIoU for class maps.",
         ),
         click.option("--val", default="", help="Labelled data that accuracy is measured on; forms as --data."),
+        click.option(
+            "--float-adds",
+            is_flag=True,
+            help="Residual additions read float tensors: more accurate, but these are written in float and in int8.",
+        ),
         click.option("--keep", multiple=True, metavar="PATTERN", help="Modules that stay in float: features.0, head.*"),
         click.option(
             "--bias-correction/--no-bias-correction",
@@ -128,6 +133,7 @@ def calibration_of(data: str, preprocess: str, given: Mapping[str, Any]) -> Cali
         equalize=given["equalize"],
         shift=given["shift"],
         correct_bias=given["bias_correction"],
+        float_adds=given["float_adds"],
         keep=given["keep"],
         max_accuracy_drop=given["max_accuracy_drop"],
         min_sqnr=given["min_sqnr"],

@@ -68,6 +68,7 @@ class Calibration:
         equalize: Whether channels may be equalized.
         shift: Whether tensors may be shifted.
         correct_bias: Whether biases may be corrected.
+        float_adds: Whether additions of two tensors read float tensors.
         keep: Patterns of modules that stay in float.
         max_accuracy_drop: Points that may be lost on ``validation``.
         min_sqnr: Least SQNR of the outputs, dB.
@@ -83,6 +84,7 @@ class Calibration:
     equalize: bool = True
     shift: bool = True
     correct_bias: bool = True
+    float_adds: bool = False
     keep: tuple[str, ...] = ()
     max_accuracy_drop: float | None = None
     min_sqnr: float | None = None
@@ -108,7 +110,7 @@ class Calibration:
         from cnncc.calibration.search import Budget
 
         budget = Budget(self.max_accuracy_drop, self.min_sqnr)
-        return Options(self.method, self.equalize, self.shift, self.correct_bias, self.keep, budget)
+        return Options(self.method, self.equalize, self.shift, self.correct_bias, self.float_adds, self.keep, budget)
 
 
 def calibrate(

@@ -132,9 +132,20 @@ BLOCK = Block(
 
 
 def test_we_are_compared_with_the_best_that_tensorrt_takes_at_our_coverage() -> None:
-    assert margin(BLOCK) == "ours beyond legal, the best at this coverage: 2.5 [2.0, 3.0] dB"
-    assert margin(replace(BLOCK, lines=BLOCK.lines[1:])) == ""
-    assert margin(replace(BLOCK, lines=BLOCK.lines[:1])) == "no peer that TensorRT takes quantizes as many layers"
+    assert margin(BLOCK, "cnncc") == "cnncc beyond legal, the best at this coverage: 2.5 [2.0, 3.0] dB"
+    assert margin(replace(BLOCK, lines=BLOCK.lines[1:]), "cnncc") == ""
+    assert (
+        margin(replace(BLOCK, lines=BLOCK.lines[:1]), "cnncc") == "no peer that TensorRT takes quantizes as many layers"
+    )
+
+
+def test_ours_are_no_peers_of_each_other() -> None:
+    other = Line("cnncc-float-adds", "", (entry(0, 35.0), entry(1, 36.0)))
+    both = replace(BLOCK, lines=(*BLOCK.lines, other))
+    assert margin(both, "cnncc") == margin(BLOCK, "cnncc")
+    assert margin(both, "cnncc-float-adds") == (
+        "cnncc-float-adds beyond legal, the best at this coverage: 6.0 [6.0, 6.0] dB"
+    )
 
 
 def test_a_block_has_means_and_ranges_legality_and_failures() -> None:
@@ -193,10 +204,12 @@ def test_a_quantizer_that_is_not_installed_says_how_to_get_it(monkeypatch: pytes
 
 
 def test_ours_is_two_commands_and_the_second_reads_what_the_first_wrote() -> None:
-    calibrate, quantize = field.OURS.commands(Path("a.onnx"), "N,3,8,8", Path("c.npz"), Path("b.onnx"))
+    calibrate, quantize = field.OURS[0].commands(Path("a.onnx"), "N,3,8,8", Path("c.npz"), Path("b.onnx"))
     model = ["a.onnx", "--input-shape", "N,3,8,8"]
     assert calibrate[3:11] == ["calibrate", *model, "--data", "c.npz", "-o", "b.calib.json"]
     assert quantize[3:] == ["quantize", *model, "--calib", "b.calib.json", "-o", "b.onnx"]
+    floating, _quantize = field.OURS[1].commands(Path("a.onnx"), "N,3,8,8", Path("c.npz"), Path("b.onnx"))
+    assert [each for each in floating if each not in calibrate] == ["--float-adds"]
 
 
 @pytest.mark.parametrize(

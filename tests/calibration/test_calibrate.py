@@ -24,7 +24,7 @@ from cnncc.calibration.thresholds import METHODS
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc_runtime.errors import BudgetExceeded, CnnccError, DataRefused, ModelRefused, UsageError
 from cnncc_runtime.preprocess import Preprocessing
-from tests.calibration.graphs import Net, check, classifier, feeds_of, images, run, stream_of
+from tests.calibration.graphs import Net, check, classifier, feeds_of, images, node_of, run, stream_of
 from tests.graph.graphs import one_node
 
 ALIKE, FEW = "alike", "few-samples"
@@ -142,6 +142,16 @@ def test_a_step_is_kept_only_where_the_outputs_come_nearer(method: str, make: Ca
     assert any(layer.bias for layer in table.layers) == ("bias correction" in kept)
     if method == "auto" and "thresholds per tensor" not in kept:
         assert {group.method for group in table.groups} == {"mse"}
+
+
+def test_float_additions_are_noted_written_and_less_noisy() -> None:
+    table, known_table = table_of(residual(), float_adds=True), known(residual)
+    assert (table.float_adds, known_table.float_adds) == (True, False)
+    assert table.sqnr_db is not None
+    assert known_table.sqnr_db is not None
+    assert table.sqnr_db > known_table.sqnr_db
+    found = quantize(residual(), table_from_bytes(table.to_bytes(), "table"), name="net")
+    assert "trunk" in node_of(found, "sum").input
 
 
 def test_every_step_can_be_left_out() -> None:

@@ -154,6 +154,17 @@ def test_the_skip_of_a_residual_add_asks_for_no_scale_of_its_own() -> None:
     assert groups_of(net.graph()) == {frozenset({"x"}), frozenset({"trunk"})}
 
 
+def test_additions_of_two_tensors_read_float_where_that_is_wanted() -> None:
+    net = Net()
+    stem = net.node("Relu", [net.conv("x", 4, "stem")], "trunk")
+    total = net.node("Add", [net.conv(stem, 4, "branch"), stem], "sum")
+    net.conv(net.node("Add", [total, net.constant("offset", np.float32(1.0))], "moved"), 4, "kept")
+    graph = net.graph()
+    layers = [layer for layer in layers_of(graph) if layer.node != "kept"]
+    assert plan_for(graph, layers).floating == {"kept"}
+    assert plan_for(graph, layers, float_adds=True).floating == {"kept", "sum"}
+
+
 @pytest.mark.parametrize(
     ("op", "attributes"),
     [

@@ -294,6 +294,16 @@ def test_the_skip_of_a_residual_add_reads_the_pair_of_its_branch() -> None:
     assert [node.input[0] for node in quantizers].count("trunk") == 1
 
 
+def test_the_skip_of_a_residual_add_reads_the_float_tensor_where_that_is_wanted() -> None:
+    graph = residual()
+    plan = plan_for(graph, layers_of(graph), float_adds=True)
+    found = insert_qdq(graph, plan, scales_for(graph, plan, feeds_of(images(4))))
+    check(found)
+    assert list(node_of(found, "sum").input) == ["branch_2", "trunk"]
+    assert quantized_value(found, node_of(found, "branch_1").input[0]) == "trunk"
+    assert {finding.rule for finding in lint(found)} == {"skip-unquantized"}
+
+
 def test_a_max_pool_reads_a_pair_and_makes_one_of_the_same_scale() -> None:
     found, _plan, _scales = quantized(pooled())
     pool, last = node_of(found, "after"), node_of(found, "last")

@@ -104,6 +104,12 @@ def test_a_layer_in_float_reads_the_float_tensor_and_does_not_hinder() -> None:
     assert able(graph, kept=("b2",)) == {"r"}
 
 
+def test_an_addition_in_float_does_not_hinder_either() -> None:
+    graph = network(conv("r", "a"), helper.make_node("Add", ["a", "r"], ["y"], name="sum"))
+    assert shiftable(graph, plan_for(graph, layers_of(graph))) == set()
+    assert shiftable(graph, plan_for(graph, layers_of(graph), float_adds=True)) == {"r"}
+
+
 @given(seed=st.integers(0, 2**32 - 1), amount=st.integers(1, 127), pooled=st.booleans())
 def test_a_shifted_layer_computes_what_its_formula_says(seed: int, amount: int, pooled: bool) -> None:
     pool = helper.make_node("MaxPool", ["r"], ["p"], name="pool", kernel_shape=[2, 2], strides=[2, 2])

@@ -360,7 +360,7 @@ def test_a_wrong_flag_is_refused(
 
 
 def test_flags_of_int8_say_nothing_for_fp32(digits: Digits, data: Path, table: Path, tmp_path: Path) -> None:
-    said = (("--method", "mse"), ("--no-shift",), ("--skip-bad",), ("--calibration-samples", "9"))
+    said = (("--method", "mse"), ("--no-shift",), ("--float-adds",), ("--skip-bad",))
     for flags in (("--keep", "features.*"), ("--min-sqnr", "30"), ("--val", data), ("--calib", table), *said):
         arguments = ("compile", *model(digits), "--data", data, *flags, "-o", tmp_path / "m.cnncc")
         refused(*arguments, code=2, says=f"{flags[0]} says nothing with --precision fp32")
