@@ -55,7 +55,7 @@ from cnncc.calibration.thresholds import AUTO, METHODS, scale_of
 from cnncc.graph.names import module_path
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc_runtime.digests import digest_json
-from cnncc_runtime.errors import DataRefused, ModelRefused, UsageError
+from cnncc_runtime.errors import BudgetExceeded, DataRefused, ModelRefused, UsageError
 from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import Feeds
 
@@ -395,15 +395,19 @@ class _Calibration:
 
     def _search(self, model: Accuracy, measure: Callable[[Collection[str]], Accuracy]) -> Accuracy:
         known = Measured(self.job.leftover("search.json"))
-        found = search(
-            [layer.node for layer in self.state.quantized_layers],
-            self.job.options.budget,
-            model=model,
-            sqnr=lambda floats: self.judge.sqnr(self.state.quantized(floats)),
-            measure=measure,
-            known=known,
-            progress=self.job.progress,
-        )
+        try:
+            found = search(
+                [layer.node for layer in self.state.quantized_layers],
+                self.job.options.budget,
+                model=model,
+                sqnr=lambda floats: self.judge.sqnr(self.state.quantized(floats)),
+                measure=measure,
+                known=known,
+                progress=self.job.progress,
+            )
+        except BudgetExceeded:
+            known.forget()
+            raise
         known.forget()
         self.state = replace(self.state, floats={**self.state.floats, **dict.fromkeys(found.floats, _BUDGET)})
         return found.reached
