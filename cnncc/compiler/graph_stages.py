@@ -46,32 +46,35 @@ def export_stage(model: ModelRequest, cache: Cache, reporter: Reporter) -> Stage
 
 
 def _export(model: ModelRequest, reporter: Reporter, folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-    from cnncc.compiler.export import export
     from cnncc.compiler.ingest import ingest
 
     reporter.progress("loading the model", 0.1)
     ingested = ingest(model)
-    reporter.progress("exporting to ONNX", 0.4)
-    exported = export(ingested)
     files = {EXPORTED: folder / EXPORTED}
-    files[EXPORTED].write_bytes(exported.graph.serialized)
-    if exported.program is not None:
+    graph = ingested.graph
+    if graph is None:
+        from cnncc.compiler.export import export  # imports torch, which takes seconds and an ONNX model does not need
+
+        reporter.progress("exporting to ONNX", 0.4)
+        exported = export(ingested)
+        graph = exported.graph
         files["program.pt2"] = folder / "program.pt2"
         exported.save_program(files["program.pt2"])
+    files[EXPORTED].write_bytes(graph.serialized)
     value = {
         "name": ingested.name,
         "source": ingested.source,
         "digest": ingested.digest,
-        "graph": exported.graph.digest,
-        "inputs": to_plain(exported.graph.inputs),
-        "outputs": to_plain(exported.graph.outputs),
+        "graph": graph.digest,
+        "inputs": to_plain(graph.inputs),
+        "outputs": to_plain(graph.outputs),
         "preprocessing": to_plain(ingested.preprocessing),
         "labels": list(ingested.labels),
         "dependencies": {str(path): digest_file(path) for path in ingested.dependencies},
         "notes": list(ingested.notes),
-        "nodes": len(exported.graph.proto.graph.node),
+        "nodes": len(graph.proto.graph.node),
     }
-    return value, files, f"{ingested.source} → ONNX opset {exported.graph.opset}, {value['nodes']} nodes"
+    return value, files, f"{ingested.source} → ONNX opset {graph.opset}, {value['nodes']} nodes"
 
 
 def clean_stage(export: Stage, cache: Cache, reporter: Reporter) -> Stage:
