@@ -32,7 +32,7 @@ class Taps:
         made = [name for name in tensors if name not in fed]
         self._places = {name: module_path(node) for node in graph.nodes for name in node.output}
         self._runs = _parts(graph, made)
-        self._reference = Reference(graph.with_outputs(made), threads=threads) if made else None
+        self._reference = Reference(graph, threads=threads, outputs=made) if made else None
 
     def values(self, feeds: Feeds) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield each tensor's name and value on one sample."""
