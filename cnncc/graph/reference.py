@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import onnx
 import onnxruntime as ort
@@ -12,6 +13,7 @@ from onnx import numpy_helper
 
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.shapes import element_count
+from cnncc_runtime.cpu import usable_cores
 from cnncc_runtime.errors import ModelRefused, RunFailed
 from cnncc_runtime.specs import Feeds, Tensors, check_feeds
 
@@ -20,6 +22,21 @@ _SMALL = 1024
 
 _WEIGHTS = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
 """Element types of what networks have most of."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], *, threads: int = 0) -> list[Result]:
+    """Return what a function gives for each item, in their order; as many are computed at once as there are threads.
+
+    Args:
+        function: Waits for others or computes without Python's lock, as `Reference.run` does.
+        items: One at least.
+        threads: 0 for one a core.
+    """
+    with ThreadPoolExecutor(min(threads or usable_cores(), len(items))) as pool:
+        return list(pool.map(function, items))
 
 
 class Reference:
@@ -30,17 +47,25 @@ class Reference:
 
     Args:
         graph: What is run; every value's type known where ``outputs`` names others than its outputs.
-        threads: That one run uses; 0 for all cores.
+        threads: That compute; 0 for one a core.
+        beside: Runs that are made at once and share these threads. A thread for each sample beats many for one: none
+            waits for the others after every operator.
         outputs: Names of the values given out; None for the graph's outputs.
+
+    Attributes:
+        inputs: What it is fed.
 
     Raises:
         ModelRefused: ONNX Runtime does not load the graph.
     """
 
-    def __init__(self, graph: OnnxGraph, *, threads: int = 0, outputs: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, graph: OnnxGraph, *, threads: int = 0, beside: int = 1, outputs: Sequence[str] | None = None
+    ) -> None:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads
+        # each run's own thread computes too: the threads shared are those that are left
+        options.intra_op_num_threads = threads if beside == 1 else max((threads or usable_cores()) - beside + 1, 1)
         options.log_severity_level = 4
         # packed constant weights go through other kernels than computed ones: folding a constant would show
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -54,7 +79,7 @@ class Reference:
             self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime's exceptions share no base class below Exception
             raise ModelRefused(f"ONNX Runtime does not load the graph: {exc}") from exc
-        self._inputs = graph.inputs
+        self.inputs = graph.inputs
 
     def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> Tensors:
         """Return outputs by name; may be called from several threads at once.
@@ -67,7 +92,7 @@ class Reference:
             DataRefused: The feeds do not fit the graph's inputs.
             RunFailed: ONNX Runtime failed.
         """
-        check_feeds(self._inputs, feeds)
+        check_feeds(self.inputs, feeds)
         wanted = self._outputs if names is None else list(names)
         try:
             values = self._session.run(wanted, dict(feeds))

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.graph.reference import Reference
+from cnncc.graph.reference import Reference, side_by_side
 from cnncc_runtime.errors import ModelRefused
 from tests.graph.graphs import graph_of
 
@@ -58,3 +58,23 @@ def test_a_graph_that_does_not_load_is_refused() -> None:
     broken.graph.node[0].op_type = "Nonsense"
     with pytest.raises(ModelRefused, match="does not load"):
         Reference(OnnxGraph(broken))
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_runs_side_by_side_come_in_order_and_give_the_same_bits(threads: int) -> None:
+    graph = layers()
+    samples = [{"x": np.float32(number) * FEEDS["x"]} for number in range(7)]
+    alone = Reference(graph, threads=1)
+    together = side_by_side(Reference(graph, threads=threads, beside=7).run, samples, threads=threads)
+    for sample, found in zip(samples, together, strict=True):
+        np.testing.assert_array_equal(found["y"], alone.run(sample)["y"])
+
+
+def test_a_failure_of_one_run_is_the_failure_of_all() -> None:
+    def run(number: int) -> int:
+        if number == 2:
+            raise ValueError("two")
+        return number
+
+    with pytest.raises(ValueError, match="two"):
+        side_by_side(run, range(4), threads=2)
