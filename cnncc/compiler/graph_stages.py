@@ -14,7 +14,7 @@ from cnncc.compiler.model_reference import ModelRequest, existing_file, parse_re
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
 from cnncc_runtime.bundle import to_plain
-from cnncc_runtime.digests import digest_file
+from cnncc_runtime.digests import digest_bytes, digest_file
 from cnncc_runtime.errors import ModelRefused, WeightsRefused
 from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import TensorSpec
@@ -93,10 +93,11 @@ def _clean(export: Stage, folder: Path) -> tuple[dict[str, Any], dict[str, Path]
     graph = load_trusted(export.file(EXPORTED))
     cleaned, report = clean(graph)
     path = folder / CLEANED
-    path.write_bytes(cleaned.serialized)
+    data = cleaned.serialized
+    path.write_bytes(data)
     before, after = len(graph.proto.graph.node), len(cleaned.proto.graph.node)
     quantized = any(node.op_type in QUANTIZATION for node in cleaned.nodes)
-    value = {"graph": cleaned.digest, "report": to_plain(report), "nodes": after, "quantized": quantized}
+    value = {"graph": digest_bytes(data), "report": to_plain(report), "nodes": after, "quantized": quantized}
     return value, {CLEANED: path}, f"{before} → {after} nodes, numerics proved"
 
 
