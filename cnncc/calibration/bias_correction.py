@@ -68,6 +68,8 @@ def bias_deltas(
 
 def add_to_biases(graph: OnnxGraph, layers: Sequence[Layer], deltas: Mapping[str, NDArray[np.float32]]) -> OnnxGraph:
     """Return the graph with deltas added to its layers' biases; a layer without a bias gets one."""
+    if not deltas:
+        return graph
     draft = Draft.of(graph)
     nodes = {node.name: node for node in draft.nodes}
     for layer in layers:
