@@ -59,7 +59,7 @@ def bias_deltas(
         if delta is not None:
             deltas[layer.node] = delta
             for held in values:
-                held[layer.output] = held[layer.output] + _along_channels(delta, held[layer.output].ndim)
+                held[layer.output] += _along_channels(delta, held[layer.output].ndim)
         for held in values:
             for name in held.keys() - later:
                 del held[name]

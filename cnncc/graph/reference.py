@@ -25,6 +25,8 @@ _SMALL = 1024
 _WEIGHTS = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
 """Element types of what networks have most of."""
 
+_cores = functools.cache(usable_cores)  # reads a dozen files, and is asked for every graph
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -33,11 +35,11 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], *, t
     """Return what a function gives for each item, in their order; as many are computed at once as there are threads.
 
     Args:
-        function: Waits for others or computes without Python's lock, as `Reference.run` does.
-        items: One at least.
+        function: Computes without Python's lock, as `Reference.run` and NumPy on large arrays do.
+        items: Any number.
         threads: 0 for one a core.
     """
-    with ThreadPoolExecutor(min(threads or usable_cores(), len(items))) as pool:
+    with ThreadPoolExecutor(max(min(threads or _cores(), len(items)), 1)) as pool:
         return list(pool.map(function, items))
 
 
@@ -67,7 +69,7 @@ class Reference:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # each run's own thread computes too: the threads shared are those that are left
-        options.intra_op_num_threads = threads if beside == 1 else max((threads or usable_cores()) - beside + 1, 1)
+        options.intra_op_num_threads = threads if beside == 1 else max((threads or _cores()) - beside + 1, 1)
         options.log_severity_level = 4
         _share_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
