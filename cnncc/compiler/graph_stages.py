@@ -60,12 +60,14 @@ def _export(model: ModelRequest, reporter: Reporter, folder: Path) -> tuple[dict
         graph = exported.graph
         files["program.pt2"] = folder / "program.pt2"
         exported.save_program(files["program.pt2"])
-    files[EXPORTED].write_bytes(graph.serialized)
+    data = graph.serialized
+    files[EXPORTED].write_bytes(data)
+    digest = digest_bytes(data)
     value = {
         "name": ingested.name,
         "source": ingested.source,
-        "digest": ingested.digest,
-        "graph": graph.digest,
+        "digest": ingested.digest or digest,
+        "graph": digest,
         "inputs": to_plain(graph.inputs),
         "outputs": to_plain(graph.outputs),
         "preprocessing": to_plain(ingested.preprocessing),
