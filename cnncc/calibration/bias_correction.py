@@ -11,6 +11,7 @@ A layer is corrected only where a correction made from half of the samples bring
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from cnncc.calibration.taps import Taps
 from cnncc.graph.draft import Draft, set_input
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import with_shapes
-from cnncc.graph.reference import Reference
+from cnncc.graph.reference import Reference, side_by_side
 from cnncc.graph.values import reads
 from cnncc_runtime.specs import Feeds, Tensors
 
@@ -42,7 +43,7 @@ def bias_deltas(
         quantized: The same graph with Q/DQ; the layers' nodes have the same names.
         layers: In the graph's order.
         samples: One shows nothing: half of them must confirm what the other half shows.
-        threads: That a run uses.
+        threads: That compute the samples; 0 for one a core.
     """
     if len(samples) < 2:
         return {}
@@ -51,17 +52,14 @@ def bias_deltas(
     deltas: Deltas = {}
     values: list[Tensors] = [dict(feeds) for feeds in samples]
     for piece, later in _pieces(with_shapes(quantized), correctable):
-        reference = Reference(piece, threads=threads)
-        inputs = [spec.name for spec in piece.inputs]
-        for held in values:
-            held.update(reference.run({name: held[name] for name in inputs}))
         layer = correctable[piece.nodes[-1].name]
-        found = np.stack([_channel_means(held[layer.output]) for held in values])
+        run = partial(_run, Reference(piece, threads=threads, beside=len(values)), layer.output)
+        found = np.stack(side_by_side(run, values, threads=threads))
         delta = _delta(wanted[layer.node] - found)
         if delta is not None:
             deltas[layer.node] = delta
             for held in values:
-                held[layer.output] = held[layer.output] + _along_channels(delta, held[layer.output].ndim)
+                held[layer.output] += _along_channels(delta, held[layer.output].ndim)
         for held in values:
             for name in held.keys() - later:
                 del held[name]
@@ -70,6 +68,8 @@ def bias_deltas(
 
 def add_to_biases(graph: OnnxGraph, layers: Sequence[Layer], deltas: Mapping[str, NDArray[np.float32]]) -> OnnxGraph:
     """Return the graph with deltas added to its layers' biases; a layer without a bias gets one."""
+    if not deltas:
+        return graph
     draft = Draft.of(graph)
     nodes = {node.name: node for node in draft.nodes}
     for layer in layers:
@@ -96,14 +96,21 @@ def _delta(errors: Means) -> NDArray[np.float32] | None:
     return errors.mean(axis=0).astype(np.float32) if after < before else None
 
 
+def _run(piece: Reference, output: str, held: Tensors) -> Means:
+    """Add what a piece makes to what a sample's later pieces may read; return an output's means."""
+    held.update(piece.run({spec.name: held[spec.name] for spec in piece.inputs}))
+    return _channel_means(held[output])
+
+
 def _float_means(graph: OnnxGraph, layers: Sequence[Layer], samples: Sequence[Feeds], threads: int) -> dict[str, Means]:
     by_output = {layer.output: layer.node for layer in layers}
-    taps = Taps(graph, list(by_output), threads=threads)
-    found: dict[str, list[Means]] = {layer.node: [] for layer in layers}
-    for feeds in samples:
-        for name, array in taps.values(feeds):
-            found[by_output[name]].append(_channel_means(array))
-    return {node: np.stack(means) for node, means in found.items()}
+    taps = Taps(graph, list(by_output), threads=threads, beside=len(samples))
+
+    def means(feeds: Feeds) -> dict[str, Means]:
+        return {by_output[name]: _channel_means(array) for name, array in taps.values(feeds)}
+
+    found = side_by_side(means, samples, threads=threads)
+    return {node: np.stack([each[node] for each in found]) for node in by_output.values()}
 
 
 def _channel_means(array: NDArray[np.float32]) -> Means:

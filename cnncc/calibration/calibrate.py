@@ -32,7 +32,7 @@ from cnncc.calibration.health import examine, settled
 from cnncc.calibration.histogram import Histogram, pool
 from cnncc.calibration.judge import BEST_DB, Judge
 from cnncc.calibration.observations import Observations
-from cnncc.calibration.observe import Batch, Progress, batch_of, observe, observe_batches
+from cnncc.calibration.observe import Batch, Histograms, Progress, batch_of, observe, observe_batches
 from cnncc.calibration.plan import Group, Layer, Plan, layers_of, plan_for
 from cnncc.calibration.quantize import equalization_record, write
 from cnncc.calibration.search import Budget, Measured, search
@@ -280,13 +280,17 @@ class _Calibration:
         self.job.progress("trying to equalize channels", 0.1)
         graph = self.job.graph
         rectified = relu6_to_relu(graph)
-        kept = self._roughly(self.state)
+        seen = self._observed(graph)
+        kept = self._roughly(self.state, seen)
         best = self.judge.sqnr(kept.quantized())
         for base, name in ((graph, "equalization"), (rectified, "ReLU6 → ReLU, equalization")):
-            if base is rectified and not _changed(graph, rectified):
-                continue
-            for by in ("activations", "weights"):
-                found = self._equalized(base, self._ranges(base) if by == "activations" else None)
+            if base is rectified:
+                if not _changed(graph, rectified):
+                    continue
+                seen = self._observed(rectified)
+            ranges = {tensor: histogram.channels.astype(np.float64) for tensor, histogram in seen.items()}
+            for by, given in (("activations", ranges), ("weights", None)):
+                found = self._equalized(base, given)
                 if found is None:
                     continue
                 after = self.judge.sqnr(found.quantized())
@@ -304,16 +308,17 @@ class _Calibration:
             return None
         return self._roughly(replace(self.state, graph=scaled, layers=layers_of(scaled), equalization=moved))
 
-    def _ranges(self, graph: OnnxGraph) -> dict[str, NDArray[np.float64]]:
-        """Return the largest activation of each channel that equalizing could scale, over the samples to fit on."""
-        tensors = list(dict.fromkeys(tensor for site in find_sites(graph) for tensor in site.tensors))
-        seen = observe_batches(graph, tensors, self.few) if tensors else {}
-        return {name: histogram.channels.astype(np.float64) for name, histogram in seen.items()}
+    def _observed(self, graph: OnnxGraph) -> Histograms:
+        """Observe, over the samples to fit on, what layers read and what equalizing could scale."""
+        read = [layer.tensor for layer in self.state.quantized_layers]
+        scaled = [tensor for site in find_sites(graph) for tensor in site.tensors]
+        return observe_batches(graph, list(dict.fromkeys([*read, *scaled])), self.few)
 
-    def _roughly(self, state: _State) -> _State:
+    def _roughly(self, state: _State, seen: Histograms | None = None) -> _State:
         """Give a state scales that a few samples suffice for."""
         plan = state.plan()
-        seen = observe_batches(state.graph, [tensor for group in plan.groups for tensor in group.read], self.few)
+        if seen is None:
+            seen = observe_batches(state.graph, [tensor for group in plan.groups for tensor in group.read], self.few)
         scales = {
             tensor: scale_of(METHODS[_QUICK](pool(seen[name] for name in group.read)))
             for group in plan.groups

@@ -101,7 +101,7 @@ class Walk:
 
     def unite(self, one: Ids, other: Ids) -> None:
         """Make variables equal, pair by pair."""
-        for a, b in {(int(a), int(b)) for a, b in zip(one.ravel(), other.ravel(), strict=True)}:
+        for a, b in set(zip(one.ravel().tolist(), other.ravel().tolist(), strict=True)):
             low, high = sorted((self._root(a), self._root(b)))
             self._parents[high] = low  # so that FIXED stays the root of what is fixed
 

@@ -18,7 +18,7 @@ from cnncc.calibration.qdq import quantize_weight
 from cnncc.calibration.thresholds import scale_of
 from cnncc.graph.draft import Draft
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.graph.reference import Reference
+from cnncc.graph.reference import Reference, side_by_side
 from cnncc_runtime.specs import Feeds
 
 _ALIKE = 0.01
@@ -38,7 +38,7 @@ def choose(
         plan: What is quantized.
         candidates: Of every group.
         samples: To measure on.
-        threads: That a run uses.
+        threads: That compute the samples; 0 for one a core.
     """
     tried = {name: _distinct(methods) for name, methods in candidates.items()}
     draft = Draft.of(graph)
@@ -53,9 +53,9 @@ def choose(
     noise: dict[tuple[str, str, str], float] = {}
     if outputs:
         draft.outputs.extend(helper.make_tensor_value_info(made, onnx.TensorProto.FLOAT, []) for made in outputs)
-        reference = Reference(draft.close(), threads=threads)
-        for feeds in samples:
-            for made, value in reference.run(feeds).items():
+        reference = Reference(draft.close(), threads=threads, beside=len(samples))
+        for found in side_by_side(reference.run, samples, threads=threads):
+            for made, value in found.items():
                 noise[outputs[made]] = noise.get(outputs[made], 0.0) + float(value)
     chosen = {}
     for name, layers in readers.items():

@@ -19,7 +19,7 @@ scales to powers of two, which would keep every bit of the outputs, costs 0.4 to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,9 @@ IDLE = 2.0**0.125
 
 _STILL = 2.0**-10
 """Change of a scale's base-2 logarithm below which a round changes nothing."""
+
+_PIECE = 1 << 16
+"""Weights that are looked at together: they stay in the second-level cache."""
 
 Log = NDArray[np.float64]
 """Base-2 logarithms; -inf for a range of zero."""
@@ -176,10 +179,12 @@ class _Balance:
 
     def __init__(self, plan: Plan, draft: Draft, activations: dict[str, Log] | None, free: NDArray[np.bool_]) -> None:
         self._plan = plan
-        self._weights = [_log2(_magnitudes(draft, weight)) for weight in plan.weights]
+        self._weights = [_magnitudes(draft, weight) for weight in plan.weights]
         self._activations = activations
-        still = np.zeros(plan.size)
-        self._live = free & np.isfinite(self._written(still)) & np.isfinite(self._reading(still))
+        self._free = free
+        self._still: dict[tuple[str, int], Log] = {}
+        none = np.zeros(plan.size)
+        self._live = free & np.isfinite(self._written(none)) & np.isfinite(self._reading(none))
         self._live[FIXED] = False
 
     def solve(self, rounds: int) -> tuple[Log, int]:
@@ -206,43 +211,77 @@ class _Balance:
                 step[span] -= np.where(live, step[span][live].mean(), 0.0)
 
     def _written(self, logs: Log) -> Log:
-        """Return the ranges of what is written."""
+        """Return the ranges of what is written, where it is free."""
         found = np.full(self._plan.size, -np.inf)
         if self._activations is None:
-            for weight, values in self._scaled(logs):
-                np.maximum.at(found, weight.outputs, values.max(axis=2 - weight.axis).ravel())
+            for weight, values in zip(self._plan.weights, self._weights, strict=True):
+                if self._free[weight.outputs].any():
+                    np.maximum.at(found, weight.outputs, self._of_outputs(weight, values, logs).ravel())
         else:
-            for name, values in self._activations.items():
+            for name, ranges in self._activations.items():
                 ids = self._plan.tensors[name]
-                np.maximum.at(found, ids, _relative(values + logs[ids], (0,)))
+                np.maximum.at(found, ids, _relative(ranges + logs[ids]))
         return found
 
     def _reading(self, logs: Log) -> Log:
-        """Return the ranges of the weights that read."""
+        """Return the ranges of the weights that read, where these are free."""
         found = np.full(self._plan.size, -np.inf)
-        for weight, values in self._scaled(logs):
-            if self._activations is not None:  # of a ConvTranspose, groups share their output channels' scales
-                values = _relative(values, (0, 1) if weight.axis else (2,))
-            np.maximum.at(found, weight.inputs, values.max(axis=1 + weight.axis).ravel())
+        for weight, values in zip(self._plan.weights, self._weights, strict=True):
+            if self._free[weight.inputs].any():
+                shifts = logs[weight.outputs].reshape(weight.groups, -1)
+                if self._activations is not None:  # relative to the largest of those that share a scale
+                    largest = self._of_outputs(weight, values, logs)
+                    if weight.axis:  # of a ConvTranspose, groups share their output channels' scales
+                        largest = largest.max(axis=0, keepdims=True)
+                    shifts = shifts - np.where(np.isfinite(largest), largest, 0.0)
+                own = self._largest(weight, values, shifts, axis=1 + weight.axis)
+                np.maximum.at(found, weight.inputs, own.ravel() - logs[weight.inputs])
         return found
 
-    def _scaled(self, logs: Log) -> Iterator[tuple[Weight, Log]]:
-        for weight, values in zip(self._plan.weights, self._weights, strict=True):
-            yield weight, values + weight.by_output(logs) - weight.by_input(logs)
+    def _of_outputs(self, weight: Weight, values: NDArray[np.float32], logs: Log) -> Log:
+        """Return the largest weight of each output channel, float64[groups, outputs of a group]."""
+        shifts = -logs[weight.inputs].reshape(weight.groups, -1)
+        own = self._largest(weight, values, shifts, axis=2 - weight.axis)
+        return own + logs[weight.outputs].reshape(weight.groups, -1)
+
+    def _largest(self, weight: Weight, values: NDArray[np.float32], shifts: Log, *, axis: int) -> Log:
+        """Return the largest along an axis of a block, shifted along it; found once where nothing is shifted."""
+        if shifts.any():
+            return _shifted_max(values, np.expand_dims(shifts, 3 - axis), axis)
+        key = (weight.name, axis)
+        if key not in self._still:
+            self._still[key] = values.max(axis=axis).astype(np.float64)
+        return self._still[key]
 
 
-def _relative(logs: Log, axes: tuple[int, ...]) -> Log:
-    """Return ranges relative to the largest along some axes."""
-    largest = logs.max(axis=axes, keepdims=True)
+def _shifted_max(values: NDArray[np.float32], shifts: Log, axis: int) -> Log:
+    """Return the largest of a block's shifted values along axis 1 or 2, in pieces that stay in cache."""
+    narrow = shifts.astype(np.float32)
+    rows = max(_PIECE // (values.shape[0] * values.shape[2]), 1)
+    starts = range(0, values.shape[1], rows)
+    parts = [
+        (values[:, start : start + rows] + (narrow[:, start : start + rows] if axis == 1 else narrow)).max(axis=axis)
+        for start in starts
+    ]
+    found: Log = (np.max(parts, axis=0) if axis == 1 else np.concatenate(parts, axis=1)).astype(np.float64)
+    return found
+
+
+def _relative(logs: Log) -> Log:
+    """Return ranges relative to the largest of a tensor's channels, its first axis."""
+    largest = logs.max(axis=0, keepdims=True)
     return logs - np.where(np.isfinite(largest), largest, 0.0)
 
 
-def _magnitudes(draft: Draft, weight: Weight) -> NDArray[np.float64]:
-    """Return the largest absolute weight of each pair of channels, as a block."""
+def _magnitudes(draft: Draft, weight: Weight) -> NDArray[np.float32]:
+    """Return the base-2 logarithm of the largest absolute weight of each pair of channels, as a block."""
     array = draft.array(weight.name)
     assert array is not None
-    largest = np.abs(array).reshape(*array.shape[:2], -1).max(axis=2)
-    return np.asarray(largest, dtype=np.float64).reshape(weight.groups, -1, array.shape[1])
+    largest = np.abs(array).reshape(*array.shape[:2], -1)
+    # NumPy takes as long over axes of one element as over long ones
+    pairs = largest[..., 0] if largest.shape[2] == 1 else largest.max(axis=2)
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log2(pairs), dtype=np.float32).reshape(weight.groups, -1, array.shape[1])
 
 
 def _scaled(graph: OnnxGraph, draft: Draft, plan: Plan, scales: NDArray[np.float32]) -> OnnxGraph:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.graph.reference import Reference
+from cnncc.graph.reference import Reference, side_by_side
 from cnncc_runtime.specs import Feeds, Tensors
 
 BEST_DB = 300.0
@@ -24,7 +24,7 @@ class Judge:
     Args:
         model: The float model, as the user gave it: before any step that changed it.
         samples: At least one.
-        threads: That a run uses.
+        threads: That compute the samples; 0 for one a core.
     """
 
     def __init__(self, model: OnnxGraph, samples: Sequence[Feeds], *, threads: int = 0) -> None:
@@ -33,8 +33,8 @@ class Judge:
         self._truth = self._outputs(model)
 
     def _outputs(self, graph: OnnxGraph) -> list[Tensors]:
-        reference = Reference(graph, threads=self._threads)
-        return [reference.run(feeds) for feeds in self._samples]
+        reference = Reference(graph, threads=self._threads, beside=len(self._samples))
+        return side_by_side(reference.run, self._samples, threads=self._threads)
 
     def sqnr(self, graph: OnnxGraph) -> float:
         """Return the signal to quantization noise ratio of a graph's outputs, in decibels (see `Noise`)."""

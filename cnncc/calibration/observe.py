@@ -10,7 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -23,6 +23,7 @@ from cnncc.calibration.stream import DataStream, Sample, batches
 from cnncc.calibration.taps import Taps
 from cnncc.calibration.thresholds import percentile
 from cnncc.graph.onnx_graph import OnnxGraph
+from cnncc.graph.reference import side_by_side
 from cnncc_runtime.errors import DataRefused, ModelRefused
 from cnncc_runtime.specs import Tensors
 
@@ -90,14 +91,14 @@ def observe(
     return _noted(seen)
 
 
-def observe_batches(graph: OnnxGraph, tensors: Sequence[str], found: Iterable[Batch]) -> dict[str, Histogram]:
+def observe_batches(graph: OnnxGraph, tensors: Sequence[str], found: Sequence[Batch]) -> dict[str, Histogram]:
     """Observe tensors over a few samples, one at least, that are in memory already.
 
     Raises:
         ModelRefused: A tensor becomes NaN or infinite on a sample.
     """
-    taps = Taps(graph, tensors, threads=0)
-    return reduce(_merged, [_histograms(taps, batch) for batch in found])
+    taps = Taps(graph, tensors, threads=0, beside=len(found))
+    return reduce(_merged, side_by_side(partial(_histograms, taps), found))
 
 
 def batch_of(graph: OnnxGraph) -> int:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from cnncc.calibration.histogram import BINS, Histogram
+from cnncc.calibration.histogram import Histogram
 from cnncc.calibration.plan import Group, Plan, is_mover
-from cnncc.calibration.thresholds import LEVELS, SMALLEST_SCALE
+from cnncc.calibration.thresholds import LEVELS, SMALLEST_SCALE, squared_errors
 from cnncc.graph.draft import attribute
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.values import reads
@@ -105,20 +105,10 @@ def shift_of(histogram: Histogram, scale: float) -> Shift | None:
     """
     if histogram.exponent is None or -histogram.lowest > histogram.largest / 2:
         return None
-    best = (np.inf, 0.0, 0.0)
-    for top in np.linspace(0.05, 1.0, _GRID) * histogram.largest:
-        step = (top - min(histogram.lowest, 0.0)) / _STEPS
-        best = min(best, (_squared_error(histogram, float(top), step), float(top), step))
-    _, top, step = best
-    step = float(np.float32(max(step, SMALLEST_SCALE)))
+    tops = np.linspace(0.05, 1.0, _GRID) * histogram.largest
+    steps = (tops - min(histogram.lowest, 0.0)) / _STEPS
+    best = int(squared_errors(histogram, tops, steps).argmin())
+    top, step = float(tops[best]), float(np.float32(max(steps[best], SMALLEST_SCALE)))
     # a whole number of steps: zero, which a ReLU gives so often, stays exact
     amount = float(np.float32(step * round((top + min(histogram.lowest, 0.0)) / 2 / step)))
     return Shift(amount, step) if step < _GAIN * scale else None
-
-
-def _squared_error(histogram: Histogram, top: float, step: float) -> float:
-    edges = np.arange(BINS + 1) * histogram.width
-    whole = np.rint(np.minimum(edges, top) / step)
-    integral = whole * step**3 / 12.0 + (np.minimum(edges, top) - whole * step) ** 3 / 3.0
-    integral = integral + np.maximum(edges - top, 0.0) ** 3 / 3.0
-    return float((histogram.counts * np.diff(integral)).sum() / (histogram.width * histogram.total))

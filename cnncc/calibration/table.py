@@ -397,7 +397,7 @@ def _content(tensor: Any) -> bytes:
 
 def counts_text(histogram: Histogram) -> str:
     """Return a histogram's counts as a table holds them."""
-    return base64.b64encode(zlib.compress(histogram.counts.astype("<i8").tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(histogram.counts.astype("<i8").tobytes())).decode()
 
 
 def histogram_of(group: GroupRecord) -> Histogram:

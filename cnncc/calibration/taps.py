@@ -23,16 +23,17 @@ class Taps:
     Args:
         graph: Every value's type known.
         tensors: Names of values that the graph takes or makes.
-        threads: That one run uses.
+        threads: That compute; 0 for one a core.
+        beside: Runs that are made at once and share these threads.
     """
 
-    def __init__(self, graph: OnnxGraph, tensors: Sequence[str], *, threads: int = 1) -> None:
+    def __init__(self, graph: OnnxGraph, tensors: Sequence[str], *, threads: int = 1, beside: int = 1) -> None:
         fed = {spec.name for spec in graph.inputs}
         self._fed = [name for name in tensors if name in fed]
         made = [name for name in tensors if name not in fed]
         self._places = {name: module_path(node) for node in graph.nodes for name in node.output}
         self._runs = _parts(graph, made)
-        self._reference = Reference(graph.with_outputs(made), threads=threads) if made else None
+        self._reference = Reference(graph, threads=threads, beside=beside, outputs=made) if made else None
 
     def values(self, feeds: Feeds) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield each tensor's name and value on one sample."""

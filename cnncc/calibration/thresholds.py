@@ -27,6 +27,15 @@ _GRID = 96
 
 _LOWEST = 0.05
 
+_TOGETHER = 8
+"""Candidates whose errors are computed at a time: their bins stay in the second-level cache."""
+
+_LEAST = 1e-9
+"""Smallest probability that a divergence takes a bin to have."""
+
+_EQUAL = 1e-12
+"""Divergences nearer than this differ by rounding: the lowest threshold of them is taken."""
+
 Array = NDArray[np.float64]
 
 
@@ -64,26 +73,45 @@ def mean_squared_error(histogram: Histogram) -> float:
     if histogram.exponent is None:
         return 0.0
     candidates = np.linspace(_LOWEST, 1.0, _GRID) * histogram.largest
-    errors = np.array([squared_error(histogram, threshold) for threshold in candidates])
-    best = int(errors.argmin())
-    around = candidates[max(best - 1, 0)], candidates[min(best + 1, _GRID - 1)]
-    finer = np.linspace(*around, 17)
-    return float(finer[np.array([squared_error(histogram, threshold) for threshold in finer]).argmin()])
+    best = int(_quantizing_errors(histogram, candidates).argmin())
+    finer = np.linspace(candidates[max(best - 1, 0)], candidates[min(best + 1, _GRID - 1)], 17)
+    return float(finer[_quantizing_errors(histogram, finer).argmin()])
 
 
-def squared_error(histogram: Histogram, threshold: float, levels: int = LEVELS) -> float:
-    """Return the expected (x − q(x)·s)² of an element, with elements spread evenly within each bin.
+def _quantizing_errors(histogram: Histogram, thresholds: Array) -> Array:
+    steps = np.maximum(thresholds / LEVELS, SMALLEST_SCALE)
+    return squared_errors(histogram, LEVELS * steps, steps)
 
-    The integral over a bin is exact: over whole steps the error adds s³/12 each, and clipping (x − T)³/3.
+
+def squared_errors(histogram: Histogram, tops: Array, steps: Array) -> Array:
+    """Return the expected squared error of an element clipped to a top and rounded to a step, for several of them.
+
+    The integral over a bin, in which elements are spread evenly, is exact: over whole steps the error adds s³/12 each,
+    over the rest of a step r³/3, and by clipping (x − top)³/3.
+
+    Args:
+        histogram: Not of zeros alone.
+        tops: float64[n].
+        steps: float64[n], positive.
+
+    Returns:
+        float64[n].
     """
-    if histogram.exponent is None:
-        return 0.0
-    step = max(threshold / levels, SMALLEST_SCALE)
-    edges = np.arange(BINS + 1) * histogram.width
-    whole = np.minimum(np.rint(edges / step), levels)
-    rest = edges - whole * step
-    integral = whole * (step**3 / 12.0) + rest * rest * rest / 3.0
-    return float((histogram.counts * np.diff(integral)).sum() / (histogram.width * histogram.total))
+    used = int(histogram.largest / histogram.width) + 1
+    edges = np.arange(used + 1.0)
+    # Σ countᵦ·(I(edgeᵦ₊₁) − I(edgeᵦ)), summed by edges: a product with the integral I, in a third of the time
+    jumps = -np.diff(histogram.counts[:used].astype(np.float64), prepend=0.0, append=0.0)
+    errors = np.empty(len(steps))
+    for start in range(0, len(steps), _TOGETHER):
+        chunk = slice(start, start + _TOGETHER)
+        step = steps[chunk, np.newaxis]
+        beyond = edges * (histogram.width / step)  # lengths are in steps from here on
+        inside = np.minimum(beyond, tops[chunk, np.newaxis] / step)
+        beyond -= inside
+        whole = np.rint(inside)
+        rest = inside - whole
+        errors[chunk] = (whole / 4 + rest * rest * rest + beyond * beyond * beyond) @ jumps
+    return errors * steps**3 / (3 * histogram.width * histogram.total)
 
 
 def entropy(histogram: Histogram) -> float:
@@ -99,28 +127,44 @@ def entropy(histogram: Histogram) -> float:
     counts[0] = min(counts[0], counts[1])
     last = int(histogram.largest / histogram.width) + 1
     ends = np.unique(np.linspace(LEVELS + 1, last, 4 * _GRID).astype(int))
-    divergences = [_divergence(counts[:last], int(end)) for end in ends]
-    end = int(ends[int(np.argmin(divergences))])
+    divergences = _divergences(counts[:last], ends)
+    end = int(ends[np.argmax(divergences <= divergences.min() + _EQUAL)])
     return min(histogram.largest, end * histogram.width)
 
 
-def _divergence(counts: Array, end: int) -> float:
-    """Return KL(P ‖ Q) for the first ``end`` bins: P with what is clipped in its last bin, Q in 128 levels."""
-    inside = counts[:end]
-    reference = inside.copy()
-    reference[-1] += counts[end:].sum()
-    level = np.arange(end) * (LEVELS + 1) // end
-    sums = np.bincount(level, inside, LEVELS + 1)
-    filled = np.bincount(level, inside > 0, LEVELS + 1)
-    expanded = np.where(inside > 0, (sums / np.maximum(filled, 1))[level], 0.0)
-    total = expanded.sum()
-    if total == 0.0:
-        return float("inf")
-    seen = reference > 0
-    p = reference[seen] / reference.sum()
+def _divergences(counts: Array, ends: NDArray[np.int64]) -> Array:
+    """Return KL(P ‖ Q) for several numbers of first bins: P with what is clipped in its last bin, Q in 128 levels.
+
+    Within a level all filled bins have one q, so Σ p·log q is a sum over levels, and Σ p·log p one that grows with the
+    number of bins: no candidate looks at every bin.
+
+    Args:
+        counts: float64[bins], the last positive.
+        ends: int64[n], 128 at least.
+
+    Returns:
+        float64[n]; infinite where all elements are clipped.
+    """
+    p = counts / counts.sum()
+    mass, filled, information = (np.concatenate([[0.0], np.cumsum(each)]) for each in (p, p > 0, _times_log(p)))
+    bounds = -(-np.arange(LEVELS + 2) * ends[:, np.newaxis] // (LEVELS + 1))
+    inside = mass[ends]
+    clipped = np.where(ends < counts.size, 1.0 - inside, 0.0)
+    sums = np.diff(mass[bounds], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = sums / np.diff(filled[bounds], axis=1) / inside[:, np.newaxis]
+    q = np.maximum(np.where(sums > 0, q, 1.0), _LEAST)
+    last = p[ends - 1]
     # the last bin may hold only what was clipped: the tiny share keeps the divergence finite, and large
-    q = np.maximum(expanded[seen] / total, 1e-9)
-    return float((p * np.log(p / q)).sum())
+    q_last = np.where(last > 0, q[:, -1], _LEAST)
+    own = information[ends - 1] + _times_log(last + clipped)
+    cross = (sums * np.log(q)).sum(axis=1) + clipped * np.log(q_last)
+    return np.where(inside > 0, own - cross, np.inf)
+
+
+def _times_log(p: Array) -> Array:
+    """Return p·log p, which is 0 for 0."""
+    return p * np.log(np.where(p > 0, p, 1.0))
 
 
 METHODS: dict[str, Callable[[Histogram], float]] = {

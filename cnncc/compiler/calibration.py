@@ -214,7 +214,7 @@ def calibration_stage(export: Stage, clean: Stage, calibration: Calibration, cac
 
         table = run(
             Job(
-                graph=load_trusted(clean.file(CLEANED)),
+                graph=load_trusted(clean.file(CLEANED), clean.value["graph"]),
                 name=export.value["name"],
                 version=cnncc.__version__,
                 stream=stream,

@@ -43,21 +43,19 @@ class Exported:
 
     Attributes:
         graph: The ONNX graph, as exported: not cleaned.
-        program: The program it came from; None for a model that was ONNX already.
+        program: The program it came from.
     """
 
     graph: OnnxGraph
-    program: ExportedProgram | None = None
+    program: ExportedProgram
 
     def save_program(self, path: Path) -> None:
         """Write the program as a ``.pt2`` archive.
 
         Raises:
-            ExportFailed: There is none, or torch cannot write it.
+            ExportFailed: Torch cannot write it.
             OSError: The file cannot be written.
         """
-        if self.program is None:
-            raise ExportFailed("an ONNX model has no PyTorch program to save")
         try:
             archive = io.BytesIO()  # torch's own file writer aborts the process on a full disk
             with quiet():
@@ -68,7 +66,7 @@ class Exported:
 
 
 def export(model: Model) -> Exported:
-    """Export a model to ONNX.
+    """Export a model of PyTorch to ONNX: one that is no graph already.
 
     Inputs bear the names of forward's parameters. A single output tensor is called ``output``; tuples and lists give
     ``output_0``, ``output_1``, …, dicts their keys. A symbolic batch is called ``N``.
@@ -81,8 +79,6 @@ def export(model: Model) -> Exported:
         ModelRefused: An output is not a tensor.
         UnsupportedGraph: The module computes in bfloat16.
     """
-    if model.graph is not None:
-        return Exported(model.graph)
     program = model.program or export_program(model)
     fed = {spec.name for spec in model.inputs}
     names = [f"{name}_output" if name in fed else name for name in _output_names(program)]

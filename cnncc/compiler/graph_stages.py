@@ -14,7 +14,7 @@ from cnncc.compiler.model_reference import ModelRequest, existing_file, parse_re
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
 from cnncc_runtime.bundle import to_plain
-from cnncc_runtime.digests import digest_file
+from cnncc_runtime.digests import digest_bytes, digest_file
 from cnncc_runtime.errors import ModelRefused, WeightsRefused
 from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import TensorSpec
@@ -46,32 +46,37 @@ def export_stage(model: ModelRequest, cache: Cache, reporter: Reporter) -> Stage
 
 
 def _export(model: ModelRequest, reporter: Reporter, folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-    from cnncc.compiler.export import export
     from cnncc.compiler.ingest import ingest
 
     reporter.progress("loading the model", 0.1)
     ingested = ingest(model)
-    reporter.progress("exporting to ONNX", 0.4)
-    exported = export(ingested)
     files = {EXPORTED: folder / EXPORTED}
-    files[EXPORTED].write_bytes(exported.graph.serialized)
-    if exported.program is not None:
+    graph = ingested.graph
+    if graph is None:
+        from cnncc.compiler.export import export  # imports torch, which takes seconds and an ONNX model does not need
+
+        reporter.progress("exporting to ONNX", 0.4)
+        exported = export(ingested)
+        graph = exported.graph
         files["program.pt2"] = folder / "program.pt2"
         exported.save_program(files["program.pt2"])
+    data = graph.serialized
+    files[EXPORTED].write_bytes(data)
+    digest = digest_bytes(data)
     value = {
         "name": ingested.name,
         "source": ingested.source,
-        "digest": ingested.digest,
-        "graph": exported.graph.digest,
-        "inputs": to_plain(exported.graph.inputs),
-        "outputs": to_plain(exported.graph.outputs),
+        "digest": ingested.digest or digest,
+        "graph": digest,
+        "inputs": to_plain(graph.inputs),
+        "outputs": to_plain(graph.outputs),
         "preprocessing": to_plain(ingested.preprocessing),
         "labels": list(ingested.labels),
         "dependencies": {str(path): digest_file(path) for path in ingested.dependencies},
         "notes": list(ingested.notes),
-        "nodes": len(exported.graph.proto.graph.node),
+        "nodes": len(graph.proto.graph.node),
     }
-    return value, files, f"{ingested.source} → ONNX opset {exported.graph.opset}, {value['nodes']} nodes"
+    return value, files, f"{ingested.source} → ONNX opset {graph.opset}, {value['nodes']} nodes"
 
 
 def clean_stage(export: Stage, cache: Cache, reporter: Reporter) -> Stage:
@@ -90,10 +95,11 @@ def _clean(export: Stage, folder: Path) -> tuple[dict[str, Any], dict[str, Path]
     graph = load_trusted(export.file(EXPORTED))
     cleaned, report = clean(graph)
     path = folder / CLEANED
-    path.write_bytes(cleaned.serialized)
+    data = cleaned.serialized
+    path.write_bytes(data)
     before, after = len(graph.proto.graph.node), len(cleaned.proto.graph.node)
     quantized = any(node.op_type in QUANTIZATION for node in cleaned.nodes)
-    value = {"graph": cleaned.digest, "report": to_plain(report), "nodes": after, "quantized": quantized}
+    value = {"graph": digest_bytes(data), "report": to_plain(report), "nodes": after, "quantized": quantized}
     return value, {CLEANED: path}, f"{before} → {after} nodes, numerics proved"
 
 

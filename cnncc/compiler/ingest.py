@@ -36,7 +36,7 @@ class Model:
         name: Short name.
         source: MODEL as given, without folders.
         inputs: What it takes; dimension 0 may be symbolic (``"N"``).
-        digest: Over weights, structure and inputs.
+        digest: Over weights, structure and inputs; empty where ``graph`` is there, which has one.
         module: From a factory or a zoo: in eval mode, on the CPU.
         program: From a ``.pt2`` archive.
         graph: From an ``.onnx`` file.
@@ -241,7 +241,7 @@ def _from_onnx(reference: ModelReference, request: ModelRequest) -> Model:
         name=reference.name,
         source=reference.label,
         inputs=graph.inputs,
-        digest=graph.digest,
+        digest="",
         graph=graph,
         dependencies=tuple(sorted({reference.path.resolve(), *external_files(reference.path)})),
     )

@@ -24,14 +24,16 @@ class OnnxGraph:
 
     Attributes:
         proto: The model; weights are inside it.
+        known_digest: Its digest, where whoever wrote the model knows it; empty otherwise.
     """
 
     proto: onnx.ModelProto
+    known_digest: str = ""
 
     @cached_property
     def digest(self) -> str:
         """Digest of the serialized model, weights included."""
-        return digest_bytes(self.serialized)
+        return self.known_digest or digest_bytes(self.serialized)
 
     @property
     def serialized(self) -> bytes:

@@ -56,17 +56,20 @@ def read_onnx(path: Path) -> OnnxGraph:
     _check(proto, path)
     _check_weights(proto)
     name_nodes(proto.graph)
-    proto = _raised(proto)
-    return with_shapes(OnnxGraph(proto))
+    return _shaped(_raised(proto))
 
 
-def load_trusted(path: Path) -> OnnxGraph:
+def load_trusted(path: Path, digest: str = "") -> OnnxGraph:
     """Load a graph that cnncc itself wrote: parsed, not checked again.
+
+    Args:
+        path: The file.
+        digest: Of the graph, where it is known: finding it takes longer than loading.
 
     Raises:
         ModelRefused: Missing or damaged.
     """
-    return OnnxGraph(_parse(path))
+    return OnnxGraph(_parse(path), digest)
 
 
 def bind_shapes(graph: OnnxGraph, specs: Iterable[TensorSpec]) -> OnnxGraph:
@@ -96,7 +99,7 @@ def bind_shapes(graph: OnnxGraph, specs: Iterable[TensorSpec]) -> OnnxGraph:
                 _set(dim, sizes[dim.dim_param])
             elif dim.dim_param and sizes and value.name not in wanted:
                 dim.Clear()  # an expression of a symbol that has changed: inference finds it again
-    return with_shapes(OnnxGraph(proto))
+    return _shaped(proto)
 
 
 def bind_batch(graph: OnnxGraph, batch: int) -> OnnxGraph:
@@ -115,8 +118,12 @@ def with_shapes(graph: OnnxGraph) -> OnnxGraph:
     Raises:
         ModelRefused: Types or shapes contradict each other.
     """
-    values, outputs = infer(skeleton_of(graph.proto))
-    proto = graph.copy_proto()
+    return _shaped(graph.copy_proto())
+
+
+def _shaped(proto: onnx.ModelProto) -> OnnxGraph:
+    """Return the graph of a protobuf that nothing else holds: changed in place, since a copy copies all weights."""
+    values, outputs = infer(skeleton_of(proto))
     with_values(proto, values, outputs)
     return OnnxGraph(proto)
 

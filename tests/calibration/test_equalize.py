@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cnncc.calibration import equalize as module
 from cnncc.calibration.channels import Layer, Site, find_sites
 from cnncc.calibration.equalize import (
     LIMIT,
@@ -105,6 +106,16 @@ def record(entry: dict[str, Any]) -> Equalization:
     return Equalization(
         Site(*layers, tuple(site["tensors"]), site["channels"]), tuple(entry["scales"]), entry["rounds"]
     )
+
+
+@given(channel_graphs(), st.booleans())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_weights_looked_at_in_pieces_give_the_same_scales(graph: OnnxGraph, with_ranges: bool) -> None:
+    ranges = measured(graph) if with_ranges else None
+    whole = equalize(graph, ranges=ranges)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE", 1)
+        assert equalize(graph, ranges=ranges)[1] == whole
 
 
 # ---- ranges become even

@@ -108,7 +108,7 @@ def test_a_symbolic_batch_is_one_sample(batch: Any, size: int) -> None:
 
 def test_samples_in_memory_show_what_a_pass_over_them_does() -> None:
     graph, x = classifier(), images(5)
-    found = observe_batches(graph, TENSORS, batches(stream_of(x), 1))
+    found = observe_batches(graph, TENSORS, list(batches(stream_of(x), 1)))
     for name, histogram in observe(graph, TENSORS, stream_of(x)).histograms.items():
         np.testing.assert_allclose(found[name].largest, histogram.largest, rtol=1e-6)
         assert found[name].total == histogram.total
@@ -237,7 +237,7 @@ def test_of_a_batch_the_samples_are_named_that_it_holds() -> None:
 
 def test_samples_in_memory_are_refused_alike() -> None:
     with pytest.raises(ModelRefused, match=r"'inverse' holds NaN or Inf on x\[3\]") as caught:
-        observe_batches(dividing(), ["inverse"], batches(stream_of(with_zero(6, 3)), 1))
+        observe_batches(dividing(), ["inverse"], list(batches(stream_of(with_zero(6, 3)), 1)))
     assert caught.value.where == ("net.inverse",)
 
 

@@ -16,12 +16,13 @@ from cnncc.calibration.thresholds import (
     LEVELS,
     METHODS,
     SMALLEST_SCALE,
+    _divergences,
     entropy,
     maximum,
     mean_squared_error,
     percentile,
     scale_of,
-    squared_error,
+    squared_errors,
 )
 
 Array = NDArray[np.float32]
@@ -54,6 +55,11 @@ def tensors(draw: st.DrawFn) -> Array:
 
 def fake_quantized(x: NDArray[np.float64], scale: float, levels: int = LEVELS) -> NDArray[np.float64]:
     return np.clip(np.rint(x / scale), -levels, levels) * scale
+
+
+def squared_error(histogram: Histogram, threshold: float, levels: int = LEVELS) -> float:
+    [error] = squared_errors(histogram, np.array([threshold]), np.array([threshold / levels]))
+    return float(error)
 
 
 # ---- scales
@@ -109,6 +115,22 @@ def test_the_squared_error_is_that_of_the_tensor_itself_to_within_a_bin(seed: in
     wide = x.astype(np.float64)
     measured = float(((fake_quantized(wide, threshold / LEVELS) - wide) ** 2).mean())
     assert squared_error(histogram, threshold) == pytest.approx(measured, rel=0.05)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tensors(), st.lists(st.tuples(st.floats(0.01, 1.2), st.floats(0.5, 300.0)), min_size=1, max_size=20))
+def test_errors_together_are_those_of_each_by_the_formula(x: Array, tried: list[tuple[float, float]]) -> None:
+    histogram = histogram_of(x)
+    assume(histogram.largest > 0)
+    tops = np.array([part for part, _ in tried]) * histogram.largest
+    steps = tops / np.array([levels for _, levels in tried])
+    edges = np.arange(BINS + 1) * histogram.width
+    for top, step, found in zip(tops, steps, squared_errors(histogram, tops, steps), strict=True):
+        inside = np.minimum(edges, top)
+        whole = np.rint(inside / step)
+        integral = whole * step**3 / 12 + (inside - whole * step) ** 3 / 3 + np.maximum(edges - top, 0) ** 3 / 3
+        wanted = (histogram.counts * np.diff(integral)).sum() / (histogram.width * histogram.total)
+        assert found == pytest.approx(wanted, rel=1e-9)
 
 
 @settings(max_examples=30, deadline=None)
@@ -282,6 +304,21 @@ def reference_divergence(counts: NDArray[np.float64], end: int) -> float:
         return math.inf
     total_p, total_q = sum(p), sum(q)
     return sum(a / total_p * math.log(a / total_p / max(b / total_q, 1e-9)) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+@pytest.mark.parametrize("size", [3, 300, 30_000])
+def test_divergences_together_are_those_of_the_definition(size: int) -> None:
+    counts = np.bincount((np.abs(np.random.default_rng(6).laplace(size=size)) * 60).astype(int)).astype(np.float64)
+    counts = np.concatenate([counts, np.zeros(max(200 - counts.size, 0)), [1.0]])
+    ends = np.arange(LEVELS + 1, counts.size + 1, 7)
+    wanted = [reference_divergence(counts, int(end)) for end in ends]
+    np.testing.assert_allclose(_divergences(counts, ends), wanted, rtol=1e-9, atol=1e-13)
+
+
+def test_where_all_is_clipped_the_divergence_is_infinite() -> None:
+    counts = np.zeros(300)
+    counts[250] = 5.0
+    assert _divergences(counts, np.array([200, 251])).tolist() == [math.inf, 0.0]
 
 
 def test_entropy_takes_the_threshold_of_the_least_divergence() -> None:

@@ -527,9 +527,26 @@ def test_an_onnx_file_is_taken_as_it_is(tmp_path: Path) -> None:
     path.write_bytes(graph.serialized)
     with pytest.raises(ModelRefused, match="left open"):
         ingest(ModelRequest(str(path)))
-    result = export(ingest(ModelRequest(str(path), input_shapes=("3,4,8,8",))))
-    assert result.program is None
-    assert result.graph.inputs[0].shape == (3, 4, 8, 8)
-    onnx.checker.check_model(result.graph.proto, full_check=True)
-    with pytest.raises(ExportFailed):
-        result.save_program(tmp_path / "p.pt2")
+    bound = ingest(ModelRequest(str(path), input_shapes=("3,4,8,8",))).graph
+    assert bound is not None
+    assert bound.inputs[0].shape == (3, 4, 8, 8)
+    onnx.checker.check_model(bound.proto, full_check=True)
+
+
+def test_an_onnx_file_needs_no_torch(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(exported(f"{write(tmp_path, BLOCKS)}:Net", "N,4,8,8").serialized)
+    np.savez(tmp_path / "x.npz", image=np.random.default_rng(0).standard_normal((4, 4, 8, 8), np.float32))
+    code = (
+        "import sys; from cnncc.cli.main import cli; "
+        f"cli(['calibrate', {str(path)!r}, '--input-shape', 'N,4,8,8', '--data', {str(tmp_path / 'x.npz')!r}, "
+        f"'-o', {str(tmp_path / 'table.json')!r}], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CNNCC_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    assert done.stdout.splitlines()[-1] == "False"

@@ -20,7 +20,7 @@ from cnncc.compiler.passes.split_sequences import split_sequences
 from cnncc.graph.draft import Draft, GraphPass
 from cnncc.graph.feeds import random_feeds
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.graph.reference import Reference
+from cnncc.graph.reference import Reference, side_by_side
 from cnncc_runtime.errors import ToolchainFailed
 from cnncc_runtime.specs import Feeds, Tensors
 
@@ -135,8 +135,7 @@ def clean(graph: OnnxGraph, *, prove: bool = True, feeds_seed: int = 0) -> tuple
 
 def _prove(before: OnnxGraph, after: OnnxGraph, exact: bool, seed: int) -> tuple[str, float]:
     feeds = random_feeds(before.inputs, seed)
-    old = Reference(before).run(feeds)
-    new = Reference(after).run(feeds)
+    old, new = side_by_side(lambda graph: Reference(graph, beside=2).run(feeds), (before, after))
     verdict = _judge(before, after, feeds, old, new, exact)
     if verdict is None:
         raise _blame(before, feeds, old)
