@@ -60,6 +60,12 @@ AUTO_DROP, AUTO_SQNR = 0.5, 20.0
     help="int8 is calibrated on --data, or made by --calib; auto keeps in float what costs accuracy.",
 )
 @click.option("--calib", type=click.Path(path_type=Path), help="A table of `cnncc calibrate`, instead of calibrating.")
+@click.option(
+    "--max-fallback",
+    type=click.IntRange(0),
+    metavar="LAYERS",
+    help="Layers that are int8 in the model and may be computed in float.  [default: 0 with int8, any with auto]",
+)
 @calibration_options
 @click.option(
     "--winograd/--no-winograd",
@@ -117,6 +123,7 @@ def command(
     labels: Path | None,
     precision: str,
     calib: Path | None,
+    max_fallback: int | None,
     winograd: bool,
     direct: tuple[str, ...],
     winograd_growth: float | None,
@@ -148,6 +155,10 @@ def command(
     if not winograd and winograd_growth is not None:
         raise UsageError("--winograd-growth says nothing with --no-winograd", hint="leave one of them out")
     calibration = _calibration(precision, data, calib, preprocess, given)
+    if precision == FP32 and max_fallback is not None:
+        raise UsageError("--max-fallback says nothing with --precision fp32", hint="add --precision int8")
+    if precision == INT8 and max_fallback is None:
+        max_fallback = 0
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
     requests = []
     for target, device in pairs:
@@ -171,6 +182,7 @@ def command(
                 precision=FP32 if precision == FP32 else INT8,
                 calibration=calibration,
                 table=calib,
+                max_fallback=max_fallback,
             )
         )
     results = compile_all(requests, cache=open_cache(cache_dir, render), reporter=render)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,12 @@ def _bundle(render: Render, bundle: Bundle) -> None:
 
 
 def _executed(bundle: Bundle) -> str:
-    return ", ".join(sorted({layer.precision for layer in bundle.manifest.layers})) or "nothing"
+    from cnncc.compiler.audit import executed
+
+    products = Counter(executed(bundle.manifest.layers).values())
+    if len(products) > 1:
+        return ", ".join(f"{precision} in {count} layers" for precision, count in sorted(products.items()))
+    return ", ".join(products or sorted({layer.precision for layer in bundle.manifest.layers})) or "nothing"
 
 
 def _model(render: Render, summary: ModelSummary) -> None:

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from cnncc.calibration.data import DataSet, load_data
-from cnncc.calibration.plan import PRODUCTS
 from cnncc.calibration.table import CalibrationTable, read_table
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain
 from cnncc.compiler.cache import Cache, default_cache_folder
@@ -59,6 +60,7 @@ from cnncc_runtime.bundle import (
     REFERENCE,
     SCHEMA,
     Bundle,
+    LayerRecord,
     Manifest,
     read_bundle,
     to_plain,
@@ -66,7 +68,7 @@ from cnncc_runtime.bundle import (
 )
 from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.digests import canonical_json, digest_json
-from cnncc_runtime.errors import BundleRefused, CnnccError, DataRefused, ParityFailed, UsageError
+from cnncc_runtime.errors import BudgetExceeded, BundleRefused, CnnccError, DataRefused, ParityFailed, UsageError
 from cnncc_runtime.files import atomic_file, atomic_folder, storage_errors, sweep
 from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.session import engine_mismatch
@@ -77,6 +79,9 @@ if TYPE_CHECKING:
     from cnncc.graph.onnx_graph import OnnxGraph
 
 FP32, INT8 = "fp32", "int8"
+
+_SHOWN = 3
+"""Layers that a message names."""
 
 SAMPLES = 2
 """Seeded random inputs that every engine is checked with, per batch size."""
@@ -103,6 +108,7 @@ class CompileRequest:
         precision: ``fp32``, or ``int8`` by a calibration or its table.
         calibration: How to calibrate, for int8 without a table.
         table: A calibration table made before.
+        max_fallback: Layers that are int8 in the graph and may be float in the engine; None for any number.
     """
 
     model: ModelRequest
@@ -121,6 +127,7 @@ class CompileRequest:
     precision: str = FP32
     calibration: Calibration = field(default_factory=Calibration)
     table: Path | None = None
+    max_fallback: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,7 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
         EnvironmentMissing: A package, a linker or disk space is missing.
         ExportFailed: PyTorch could not export the module.
         BuildFailed: The compiler failed.
+        BudgetExceeded: The engine computes more int8 layers in float than may be.
         ParityFailed: The engine does not compute what the model computes; no bundle is left.
     """
     reporter = reporter or Silent()
@@ -174,7 +182,7 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
     build = _build_stage(
         built.graph, target, request, _measured(built.graph, target, request, cache, reporter), cache, reporter
     )
-    _tell_executed(built, build, target, reporter)
+    _audit(built, build, request, reporter)
     verify = _verify_stage(export, built, build, request, cache, reporter)
     compiled = _publish(verify, request.output)
     if compiled.parity == "failed":
@@ -378,17 +386,30 @@ def _build_stage(
     return Stage("build", key, compute, cache, reporter)
 
 
-def _tell_executed(built: _Graph, build: Stage, target: Target, reporter: Reporter) -> None:
-    """Say where an engine of a quantized graph computes in float: its accuracy is int8's, its speed is not."""
+def _audit(built: _Graph, build: Stage, request: CompileRequest, reporter: Reporter) -> None:
+    """Tell which layers of a quantized graph the engine computes in float, or refuse it.
+
+    Raises:
+        BudgetExceeded: They are more than may be.
+    """
     if built.precision != INT8:
         return
-    layers = [layer for layer in build.value["engine"]["layers"] if set(layer["ops"]) & PRODUCTS]
-    floats = [layer for layer in layers if layer["precision"] != INT8]
-    if floats:
-        reporter.note(
-            f"{target.name} computes {len(floats)} of {len(layers)} convolutions and products of the int8 model in "
-            f"{floats[0]['precision']}, from int8 weights and activations: the accuracy is int8's, the speed is not"
+    from cnncc.compiler.audit import audit
+    from cnncc.graph.reader import load_trusted
+
+    layers = msgspec.convert(build.value["engine"]["layers"], tuple[LayerRecord, ...])
+    found = audit(load_trusted(built.graph.file(CLEANED)), layers)
+    if not found.fallbacks:
+        return
+    said = f"{request.target} computes {len(found.fallbacks)} of {found.quantized} int8 layers in float32"
+    if request.max_fallback is not None and len(found.fallbacks) > request.max_fallback:
+        raise BudgetExceeded(
+            said,
+            where=found.fallbacks[:_SHOWN],
+            hint=f"--max-fallback {len(found.fallbacks)} allows it; --keep MODULE leaves a layer in float on purpose",
         )
+    more = ", …" if len(found.fallbacks) > _SHOWN else ""
+    reporter.note(f"{said}: {', '.join(found.fallbacks[:_SHOWN])}{more}")
 
 
 def _engine_files(build: Stage, engine: Engine) -> dict[str, tuple[str, Path]]:

@@ -69,7 +69,7 @@ def compile_graph(graphs: Mapping[str, OnnxGraph], options: BuildOptions, folder
         objects = write_objects(lowered.module, target, folder)
     progress("generate code", 1.0)
     first, graph = next(iter(graphs.items()))
-    return Compiled(objects, layer_records(graph, lowered.calls[first], lowered.rules), lowered.weights)
+    return Compiled(objects, layer_records(graph, lowered.calls[first], lowered.kernels), lowered.weights)
 
 
 def import_graphs(graphs: Mapping[str, OnnxGraph], progress: Progress) -> Any:

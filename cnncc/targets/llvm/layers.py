@@ -17,6 +17,7 @@ from tvm import ir, relax
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.llvm.importer import node_index
+from cnncc.targets.llvm.schedule.driver import Scheduled
 from cnncc_runtime.bundle import LayerRecord
 
 Key = tuple[Any, ...]
@@ -160,7 +161,9 @@ def _dtype(var: Any) -> str:
     return str(type_.dtype) if isinstance(type_, relax.TensorType) else ""
 
 
-def layer_records(graph: OnnxGraph, calls: tuple[Call, ...], rules: Mapping[str, str]) -> tuple[LayerRecord, ...]:
+def layer_records(
+    graph: OnnxGraph, calls: tuple[Call, ...], kernels: Mapping[str, Scheduled]
+) -> tuple[LayerRecord, ...]:
     """Return one record per kernel call, in order of execution, in the user's names."""
     nodes = list(graph.nodes)
     return tuple(
@@ -169,8 +172,8 @@ def layer_records(graph: OnnxGraph, calls: tuple[Call, ...], rules: Mapping[str,
             modules=tuple(dict.fromkeys(module_path(nodes[index]) for index in call.nodes)),
             nodes=tuple(node_label(nodes[index]) for index in call.nodes),
             ops=tuple(nodes[index].op_type for index in call.nodes),
-            precision=call.dtype,
-            schedule=rules.get(call.kernel, "unscheduled"),
+            precision=(kernels[call.kernel].operand if call.kernel in kernels else "") or call.dtype,
+            schedule=kernels[call.kernel].rule if call.kernel in kernels else "unscheduled",
         )
         for call in calls
     )

@@ -33,6 +33,7 @@ class Machine:
             that every kernel needs. None on NEON, where LLVM then loads four channels of each pixel and spills.
         tiles: Register tiles that do not spill: rows (values broadcast against each loaded vector) and vectors.
         cores: Threads that share the work.
+        dot: LLVM's instruction that sums products of int8 (see `schedule.products`); empty for plain arithmetic.
         l1: Bytes of first-level data cache to plan with.
         l2: Bytes of second-level cache to plan with.
     """
@@ -45,6 +46,7 @@ class Machine:
     spare: int = 1
     broadcasts: int = 32
     pointers: int = 0
+    dot: str = ""
     l1: int = 32 * _KIB
     l2: int = 512 * _KIB
 
@@ -56,16 +58,34 @@ _TILES_OF_32 = ((12, 2), (8, 3), (6, 4), (4, 6), (8, 2), (4, 4), (2, 8), (2, 4),
 halves the speed."""
 
 
+_DOTS = {
+    "avx512vnni": "llvm.x86.avx512.vpdpbusd.512",
+    "avx512bw": "llvm.x86.avx512.pmaddw.d.512",
+    "avxvnni": "llvm.x86.avx512.vpdpbusd.256",
+    "avx2": "llvm.x86.avx2.pmadd.wd",
+    "sse2": "llvm.x86.sse2.pmadd.wd",
+    "dotprod": "llvm.aarch64.neon.sdot.v4i32.v16i8",
+}
+"""Feature → its instruction for products of int8."""
+
+
 def machine_of(profile: Profile) -> Machine:
     """Return the register file of a profile's instruction set."""
     features = set(profile.features)
+
+    def dot(*names: str) -> str:
+        return next((_DOTS[name] for name in names if name in features), "")
+
     if "avx512f" in features:
-        return Machine(16, 16, 32, _TILES_OF_32, profile.cores, pointers=_X86, l2=_KIB * _KIB)
+        wide = dot("avx512vnni", "avx512bw")
+        return Machine(16, 16, 32, _TILES_OF_32, profile.cores, pointers=_X86, dot=wide, l2=_KIB * _KIB)
     if "avx" in features:
-        return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86)
+        half = dot("avxvnni", "avx2")
+        return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86, dot=half)
     if profile.triple.startswith(("aarch64", "arm64", "riscv64")):
-        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS)
-    return Machine(4, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS)
+        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod"))
+    sse = _DOTS["sse2"] if profile.triple.startswith("x86_64") else ""  # which every one of these has
+    return Machine(4, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, dot=sse)
 
 
 def target_options(profile: Profile) -> dict[str, Any]:

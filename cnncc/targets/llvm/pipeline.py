@@ -18,7 +18,7 @@ from cnncc.targets.llvm.legalize import legalizers
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.passes import FoldConstants
 from cnncc.targets.llvm.plans import Plans
-from cnncc.targets.llvm.schedule.driver import schedule
+from cnncc.targets.llvm.schedule.driver import Scheduled, schedule
 from cnncc.targets.llvm.schedule.rules import RULES
 from cnncc.targets.llvm.weights import Weights, separate
 
@@ -32,13 +32,13 @@ class Lowered:
     Attributes:
         module: Relax functions in the virtual machine's form, and scheduled kernels.
         calls: Entry → its kernel calls in order.
-        rules: Kernel → name of the rule that scheduled it.
+        kernels: Kernel → how it was made.
         weights: What the entries take after their inputs.
     """
 
     module: Any
     calls: Mapping[str, tuple[Call, ...]]
-    rules: Mapping[str, str]
+    kernels: Mapping[str, Scheduled]
     weights: Weights
 
 
@@ -130,11 +130,11 @@ def lower(
         module = run(module, fuse_passes())
         calls = {entry: replay(module, entry, origins[entry]) for entry in entries}
         module = run(module, merge_passes())
-        module, rules = schedule(module, RULES, machine, lambda fraction: progress("schedule kernels", fraction))
+        module, kernels = schedule(module, RULES, machine, lambda fraction: progress("schedule kernels", fraction))
         module = run(module, lower_passes())
         module, weights = separate(module, entries, expansions)
-    kept = {entry: tuple(call for call in calls[entry] if call.kernel in rules) for entry in entries}
-    return Lowered(module, kept, rules, weights)
+    kept = {entry: tuple(call for call in calls[entry] if call.kernel in kernels) for entry in entries}
+    return Lowered(module, kept, kernels, weights)
 
 
 def run(module: Any, passes: Passes) -> Any:

@@ -45,6 +45,7 @@ class ConvShape:
         dilation: Down and right.
         output: Height and width of the output.
         blocked: Whether the input is a blocked tensor; otherwise ``[n, c, h, w]``, of few channels.
+        together: Channels of int8 that are one element, over which a product sums; ``inputs`` counts elements.
     """
 
     batch: int
@@ -58,6 +59,7 @@ class ConvShape:
     dilation: tuple[int, int]
     output: tuple[int, int]
     blocked: bool = True
+    together: int = 1
 
     @property
     def taps(self) -> int:
@@ -90,7 +92,9 @@ class ConvShape:
 
     def lane_block(self, machine: Machine) -> int:
         """Return how many input channels lie side by side."""
-        return machine.block if self.blocked else self.inputs
+        if not self.blocked:
+            return self.inputs
+        return machine.block // self.together
 
 
 @dataclass(frozen=True)

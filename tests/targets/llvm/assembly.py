@@ -35,22 +35,24 @@ def isa_profile(isa: str) -> Profile:
     return named(resolve_profile(mtriple=triple, mcpu=cpu))
 
 
-def kernel_assembly(profile: Profile, data: tuple[int, ...], emit: Emit) -> str:
-    """Compile one operator with a ReLU behind it and return its assembly.
+def kernel_assembly(profile: Profile, data: tuple[int, ...], emit: Emit, dtype: str = "float32") -> str:
+    """Compile one operator, with a ReLU behind it where it gives floats, and return its assembly.
 
     Args:
         profile: What to compile for.
         data: Shape of the operator's input.
         emit: The operator.
+        dtype: Of its input.
     """
     machine = machine_of(profile)
     target = tvm.target.Target(target_options(profile))
     builder = relax.BlockBuilder()
-    x = relax.Var("x", relax.TensorType(data, "float32"))
+    x = relax.Var("x", relax.TensorType(data, dtype))
     with builder.function("main", [x]):
         with builder.dataflow():
             y = builder.emit(emit(builder, x, machine))
-            done = builder.emit_output(relax.op.maximum(y, relax.const(np.float32(0))))
+            floats = str(y.ty.dtype) == "float32"
+            done = builder.emit_output(relax.op.maximum(y, relax.const(np.float32(0))) if floats else y)
         builder.emit_func_output(done)
     module = builder.finalize()
     with quiet(), target, tvm.transform.PassContext(opt_level=3):
@@ -80,6 +82,10 @@ class Loop:
     def multiply_adds(self) -> int:
         """Vector multiply-adds in it."""
         return sum(bool(re.search(r"\b(vfmadd\d+ps|fmla)\b", line)) for line in self.lines)
+
+    def count(self, instruction: str) -> int:
+        """Return how many lines hold an instruction, a regular expression."""
+        return sum(bool(re.search(instruction, line)) for line in self.lines)
 
     @property
     def stores(self) -> list[str]:

@@ -20,7 +20,7 @@ from cnncc.targets.llvm.blocked.geometry import pack_channels
 from cnncc.targets.llvm.loading import load_objects
 from cnncc.targets.llvm.machine import Machine, machine_of, target_options
 from cnncc.targets.llvm.quiet import quiet
-from cnncc.targets.llvm.schedule.driver import schedule
+from cnncc.targets.llvm.schedule.driver import Scheduled, schedule
 from cnncc.targets.llvm.schedule.rules import RULES
 from tests.targets.llvm.running import entry_of
 
@@ -33,7 +33,7 @@ def profile_of(cpu: str) -> Profile:
     return named(resolve_profile() if cpu == "host" else resolve_profile(mtriple="x86_64-linux-gnu", mcpu=cpu))
 
 
-def compile_call(emit: Emit, shapes: Sequence[tuple[int, ...]], profile: Profile) -> tuple[Any, dict[str, str]]:
+def compile_call(emit: Emit, shapes: Sequence[tuple[int, ...]], profile: Profile) -> tuple[Any, dict[str, Scheduled]]:
     """Return a function of tensors of these shapes, and kernel → rule that scheduled it."""
     machine = machine_of(profile)
     target = tvm.target.Target(target_options(profile))

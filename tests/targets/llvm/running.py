@@ -77,6 +77,14 @@ def _lowered(graph: OnnxGraph, profile: Profile | None) -> tuple[Any, Any]:
     return pipeline.lower(module, policies, target, machine.machine_of(chosen), lambda _what, _fraction: None), target
 
 
+def operands_of(graph: OnnxGraph, profile: Profile | None = None) -> set[str]:
+    """Return the element types that the operations of a graph read."""
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        lowered, _ = _lowered(graph, profile)
+    return {kernel.operand for kernel in lowered.kernels.values()}
+
+
 def kernels_of(graph: OnnxGraph, profile: Profile | None = None) -> list[str]:
     """Return the kernels of a graph in order of execution."""
     with warnings.catch_warnings(), quiet():

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from tvm import ir, relax
 
 from cnncc.targets.llvm.blocked.channels import gather
-from cnncc.targets.llvm.blocked.image import Channels, Image, Value, dims_of
+from cnncc.targets.llvm.blocked.image import NCHW, Channels, Dims, Image, Steps, Value, dims_of
+from cnncc.targets.llvm.blocked.integers import Pairs, dequantized
 from cnncc.targets.llvm.blocked.transform import pack, unpack
 from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.importer import node_index
@@ -29,6 +30,7 @@ class Context:
         values: Variable of the graph → what it became.
         constants: Variable of the graph → the constant it is bound to.
         expansions: Which constants are made when the engine first runs.
+        pairs: Which Q/DQ pairs become tensors of steps.
 
     Args:
         builder: Relax block builder.
@@ -36,6 +38,7 @@ class Context:
         methods: Call of the graph → how its convolution uses Winograd's method.
         names: Variable of the graph → the name of its node; see `names_of`.
         expansions: Where such constants are noted.
+        pairs: Which Q/DQ pairs become tensors of steps.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Context:
         methods: Mapping[Any, WinogradPlan],
         names: Mapping[Any, str],
         expansions: Expansions,
+        pairs: Pairs,
     ) -> None:
         self.builder = builder
         self.plans = plans
@@ -53,6 +57,7 @@ class Context:
         self.values: dict[Any, Value] = {}
         self.constants: dict[Any, Any] = {}
         self.expansions = expansions
+        self.pairs = pairs
         self._names = names
 
     @property
@@ -70,12 +75,36 @@ class Context:
 
     def value(self, expr: Any) -> Value:
         """Return what a variable or a constant became."""
-        if isinstance(expr, relax.Var):
-            return self.values[expr]
-        return Value(plain=expr)
+        if not isinstance(expr, relax.Var):
+            return Value(plain=expr)
+        found = self.values[expr]
+        if found.plain is None and found.image is None:
+            if found.steps is not None:
+                self._dequantize(found, found.steps, self.name(expr))
+            elif expr in self.pairs.weights:
+                found.plain = relax.const(self.pairs.weights[expr].floats)
+        return found
+
+    def steps(self, expr: Any) -> Steps | None:
+        """Return the steps that a tensor was dequantized from, or None where it was not."""
+        return self.values[expr].steps if isinstance(expr, relax.Var) else None
+
+    def blocked_steps(self, steps: Steps, dims: Dims, name: str | None) -> Steps:
+        """Return plain steps blocked."""
+        made = pack(self.builder, steps.plain, dims, NCHW, self.block)
+        return Steps(steps.scale, image=self.result(made, dims, NCHW, name))
+
+    def _dequantize(self, value: Value, steps: Steps, name: str | None) -> None:
+        if steps.image is not None:
+            made = dequantized(self.builder, self.whole(steps.image), steps.scale)
+            value.image = self.result(made, steps.image.dims, steps.image.order, name)
+        else:
+            value.plain = self.emit(dequantized(self.builder, steps.plain, steps.scale), name)
 
     def constant(self, expr: Any) -> NDArray[Any] | None:
         """Return a constant's numbers, or None where the expression is none."""
+        if expr in self.pairs.weights:
+            return self.pairs.weights[expr].floats
         found = self.constants.get(expr, expr) if isinstance(expr, relax.Var) else expr
         return np.asarray(found.value.numpy()) if isinstance(found, ir.GenericConst) else None
 
@@ -96,7 +125,7 @@ class Context:
         return expr
 
     def _plain_variable(self, var: Any) -> Any:
-        return self.materialised(self.values[var], var.ty)
+        return self.materialised(self.value(var), var.ty)
 
     def materialised(self, value: Value, type_: Any) -> Any:
         """Return a tensor as the graph has it, unpacked if it is only blocked.

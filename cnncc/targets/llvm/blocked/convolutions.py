@@ -15,6 +15,7 @@ from cnncc.targets.llvm.blocked.convolution import FEW_CHANNELS, conv2d, whole_g
 from cnncc.targets.llvm.blocked.elements import shape_of
 from cnncc.targets.llvm.blocked.geometry import blocks_of, pack_channels
 from cnncc.targets.llvm.blocked.image import Dims, Image, Value, dims_of
+from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, integer_conv2d, offsets_of, rescaled
 from cnncc.targets.llvm.blocked.window import depthwise
 from cnncc.targets.llvm.blocked.winograd import winograd_conv2d
 from cnncc.targets.llvm.rules import ConvShape
@@ -29,13 +30,14 @@ class Convolution:
     """What a convolution of the graph computes.
 
     Attributes:
-        weight: ``[outputs, inputs of a group, kh, kw]``.
+        weight: ``[outputs, inputs of a group, kh, kw]``; int8 where the data are steps.
         groups: Groups of channels.
         stride: Down and right.
         padding: Top, left, bottom, right.
         dilation: Down and right.
         output: Height and width of the result.
         winograd: How it uses Winograd's method; None for the direct one.
+        scales: What sums of steps are multiplied by, one number an output channel; None for float32.
     """
 
     weight: NDArray[Any]
@@ -45,13 +47,15 @@ class Convolution:
     dilation: tuple[int, int]
     output: tuple[int, int]
     winograd: WinogradPlan | None = None
+    scales: NDArray[np.float32] | None = None
 
 
 def convolution(context: Context, call: Any, name: str | None) -> Image | None:
     """Return the result of a convolution with constant weights on images or sequences, else None."""
-    weight = context.constant(call.args[1])
     attrs = call.attrs
     layout = str(attrs.data_layout)
+    integers = _integers(context, call) if layout == "NCHW" else None
+    weight, scales = integers or (context.constant(call.args[1]), None)
     if weight is None or layout not in ("NCHW", "NCW") or not _is_float(call, *call.args):
         return None
     order = layout.lower()
@@ -70,6 +74,7 @@ def convolution(context: Context, call: Any, name: str | None) -> Image | None:
         (dilation[0], dilation[1]),
         output,
         context.methods.get(call),
+        scales,
     )
     return convolve(context, call.args[0], spec, order, name)
 
@@ -86,6 +91,8 @@ def convolve(context: Context, data: Any, spec: Convolution, order: str, name: s
     """
     dims = dims_of(shape_of(data), order)
     result = (dims[0], spec.weight.shape[0], *spec.output)
+    if spec.scales is not None:
+        return _convolve_steps(context, data, spec, result, name)
     if spec.groups > 1 and spec.weight.shape[:2] == (spec.groups, 1):
         image = context.blocked(data, order)
         shape = _shape(spec, dims, (1, 1), spec.groups, blocked=True)
@@ -113,6 +120,42 @@ def convolve(context: Context, data: Any, spec: Convolution, order: str, name: s
     return context.result(call, result, order, name)
 
 
+def _integers(context: Context, call: Any) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
+    """Return int8 weights and the scales of their sums with steps; None where an operand is not int8."""
+    steps, weight = context.steps(call.args[0]), context.pairs.weights.get(call.args[1])
+    if steps is None or weight is None or weight.integers[0].size > MOST_PRODUCTS:
+        return None
+    scales = np.float64(steps.scale) * weight.scales.astype(np.float64)
+    return weight.integers, scales.astype(np.float32)
+
+
+def _convolve_steps(context: Context, data: Any, spec: Convolution, result: Dims, name: str | None) -> Image:
+    """Return the result of a convolution of steps: their sums, multiplied by the scales."""
+    steps, builder, block = context.steps(data), context.builder, context.block
+    assert steps is not None
+    assert spec.scales is not None
+    scales = pack_channels(spec.scales, block)
+    if steps.image is None and spec.groups > 1:
+        steps = context.blocked_steps(steps, dims_of(shape_of(data), "nchw"), name)
+    dims = steps.image.dims if steps.image is not None else dims_of(shape_of(data), "nchw")
+    if spec.groups > 1 and spec.weight.shape[:2] == (spec.groups, 1) and steps.image is not None:
+        shape = _shape(spec, dims, (1, 1), spec.groups, blocked=True)
+        plan = context.plans.depthwise(shape)
+        sums = depthwise(builder, context.whole(steps.image), spec.weight, shape, context.machine, plan)
+        offsets = None
+    else:
+        weight, groups = whole_groups(spec.weight, spec.groups, block)
+        operand = steps.plain
+        if steps.image is not None:
+            operand, weight = _operand(context, steps.image, weight, groups)
+        channels = (weight.shape[1], weight.shape[0] // groups)
+        shape = _shape(spec, dims, channels, groups, blocked=steps.image is not None)
+        sums = integer_conv2d(builder, operand, weight, shape, context.machine)
+        offsets = offsets_of(weight, context.machine)
+    made = rescaled(builder, context.emit(sums, name), scales, offsets)
+    return context.result(made, result, steps.image.order if steps.image is not None else "nchw", name)
+
+
 def _operand(context: Context, image: Image, weight: NDArray[Any], groups: int) -> tuple[Any, NDArray[Any]]:
     """Return a convolution's blocked operand, and its weights for that operand's channels.
 
@@ -121,7 +164,9 @@ def _operand(context: Context, image: Image, weight: NDArray[Any], groups: int) 
     channels = image.channels
     if channels.whole is None and groups == 1 and len(channels.sources) == 1:
         source, count = channels.sources[0]
-        if blocks_of(count, context.block) <= _WIDER * blocks_of(len(channels.places), context.block):
+        once = len(np.unique(channels.places[:, 1])) == len(channels.places)
+        near = blocks_of(count, context.block) <= _WIDER * blocks_of(len(channels.places), context.block)
+        if near and (once or weight.dtype != np.int8):  # two weights of int8 have no sum in int8
             spread = np.zeros((weight.shape[0], count, *weight.shape[2:]), weight.dtype)
             for position, place in enumerate(channels.places[:, 1]):
                 spread[:, place] += weight[:, position]
@@ -151,6 +196,8 @@ def product(context: Context, call: Any, name: str | None) -> Value | None:
         call: ``relax.matmul``.
         name: Name of its result.
     """
+    if (integers := _integers(context, call)) is not None:
+        return _product_of_steps(context, call, *integers, name)
     left, matrix = context.value(call.args[0]), context.constant(call.args[1])
     if matrix is None or matrix.ndim != 2 or not _is_float(call, call.args[0]):
         return None
@@ -166,6 +213,18 @@ def product(context: Context, call: Any, name: str | None) -> Value | None:
     dims = (image.dims[0], matrix.shape[1], *image.dims[2:])
     made = conv2d(context.builder, operand, weight, shape, context.machine, context.plans.direct(shape))
     return Value(image=context.result(made, dims, image.order, name))
+
+
+def _product_of_steps(
+    context: Context, call: Any, weight: NDArray[Any], scales: NDArray[np.float32], name: str | None
+) -> Value | None:
+    """Return the product of rows of steps with a matrix, a convolution of one pixel; None where they are images."""
+    steps = context.steps(call.args[0])
+    if steps is None or steps.image is None or steps.image.order != "nc":
+        return None
+    spec = Convolution(weight[:, :, None, None], 1, (1, 1), (0, 0, 0, 0), (1, 1), (1, 1), scales=scales)
+    result = (steps.image.dims[0], weight.shape[0], 1, 1)
+    return Value(image=_convolve_steps(context, call.args[0], spec, result, name))
 
 
 def _product_of_rows(context: Context, image: Image, matrix: NDArray[Any], name: str | None) -> Value:

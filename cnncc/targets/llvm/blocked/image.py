@@ -151,6 +151,21 @@ def filled(channels: int, block: int) -> bool:
 
 
 @dataclass
+class Steps:
+    """A quantized tensor; see `cnncc.targets.llvm.schedule.products.ZERO`.
+
+    Attributes:
+        scale: Of a step.
+        image: Blocked; None where the tensor is plain.
+        plain: As the graph has it; None where it is blocked.
+    """
+
+    scale: float
+    image: Image | None = None
+    plain: Any | None = None
+
+
+@dataclass
 class Value:
     """What a variable of the graph became.
 
@@ -160,9 +175,11 @@ class Value:
         base: The image (of order `NCHW`) that the graph reshaped to this, until the tensor itself is needed.
         grid: How the graph split the base's channels into several axes, ``[n, *grid, h, w]``; empty where it joined
             them with the pixels, ``[n, c · h · w]``.
+        steps: What it was dequantized from; its floats are computed when somebody needs them.
     """
 
     plain: Any | None = None
     image: Image | None = None
     base: Image | None = None
     grid: tuple[int, ...] = ()
+    steps: Steps | None = None

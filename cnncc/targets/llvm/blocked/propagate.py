@@ -16,9 +16,11 @@ from cnncc.targets.llvm.blocked.context import Context, names_of
 from cnncc.targets.llvm.blocked.convolutions import convolution, product
 from cnncc.targets.llvm.blocked.elements import ELEMENTWISE, elementwise
 from cnncc.targets.llvm.blocked.image import Image, Value
+from cnncc.targets.llvm.blocked.integers import find_pairs
 from cnncc.targets.llvm.blocked.methods import KernelPolicy, choose_methods
 from cnncc.targets.llvm.blocked.normalize import layer_norm
 from cnncc.targets.llvm.blocked.pixels import pad, resize
+from cnncc.targets.llvm.blocked.quantize import dequantize, quantize
 from cnncc.targets.llvm.blocked.selections import concat, split, strided_slice, take
 from cnncc.targets.llvm.blocked.shapes import permute, reshape
 from cnncc.targets.llvm.blocked.transposed import transposed_convolution
@@ -61,6 +63,9 @@ FOLLOWS: dict[str, Rule] = {
 }
 """Operators that compute on a blocked tensor where they are given one."""
 
+_PASS_ON = frozenset({"relax.concat", "relax.split", "relax.quantize", "relax.dequantize"})
+"""Operators besides that do so by rules of other forms."""
+
 
 @tvm.transform.module_pass(opt_level=0, name="BlockChannels")
 class BlockChannels:
@@ -85,7 +90,8 @@ class BlockChannels:
                 policy = self._policies.get(str(var.name_hint), KernelPolicy())
                 methods = choose_methods(function, self._plans, policy)
                 names = names_of(list(bindings_of(function)))
-                context = Context(builder, self._plans, methods, names, self._expansions)
+                pairs = find_pairs(bindings_of(function))
+                context = Context(builder, self._plans, methods, names, self._expansions, pairs)
                 builder.update_func(var, _Rewriter(context).rewrite(function))
         return builder.get()
 
@@ -166,6 +172,10 @@ class _Rewriter:
             return None
         context, op, name = self._context, _op(call), self._context.name(var)
         wanted = var in self._wanted
+        if var in context.pairs.weights:
+            return Value()  # made when it is read
+        if var in context.pairs.scales:
+            return (quantize if op == "relax.quantize" else dequantize)(context, call, context.pairs.scales[var], name)
         if op in ELEMENTWISE:
             return _as_value(elementwise(context, call, name, wanted=wanted))
         if op == "relax.concat":
@@ -185,7 +195,12 @@ def _op(call: Any) -> str:
 
 
 def _follows(call: Any) -> bool:
-    return _op(call) in FOLLOWS or _op(call) in ELEMENTWISE or _op(call) in ("relax.concat", "relax.split")
+    return (
+        _op(call) in FOLLOWS
+        or _op(call) in ("relax.quantize", "relax.dequantize")
+        or _op(call) in ELEMENTWISE
+        or _op(call) in ("relax.concat", "relax.split")
+    )
 
 
 def _is_static(call: Any) -> bool:

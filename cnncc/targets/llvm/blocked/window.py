@@ -13,7 +13,7 @@ from cnncc.targets.llvm.blocked.geometry import pack_channels
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.rules import ConvShape, Sliding, WindowPlan, depthwise_plan, sliding_of, window_plan
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
-from cnncc.targets.llvm.schedule.window import GREATEST, SUM, WEIGHTED, WINDOW
+from cnncc.targets.llvm.schedule.window import GREATEST, SUM, WEIGHTED, WINDOW, as_float
 
 Define = Callable[..., Any]
 
@@ -30,7 +30,7 @@ def depthwise(
 
     Args:
         builder: Relax block builder.
-        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` float32.
+        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` float32, or steps, whose sums are whole numbers in float32.
         weight: ``[c, 1, kh, kw]``.
         shape: The convolution, with as many groups as channels.
         machine: What the kernel is for.
@@ -168,7 +168,7 @@ def _under(x: Any, sliding: Sliding, place: tuple[Any, ...], taps: tuple[Any, An
     y = oh * sliding.stride[0] + taps[0] * sliding.dilation[0] - sliding.padding[0]
     z = ow * sliding.stride[1] + taps[1] * sliding.dilation[1] - sliding.padding[1]
     inside = tirx.all(y >= 0, y < sliding.image[0], z >= 0, z < sliding.image[1])
-    return tirx.if_then_else(inside, x(n, block, y, z, lane), tirx.const(outside, "float32"))
+    return tirx.if_then_else(inside, as_float(x(n, block, y, z, lane)), tirx.const(outside, "float32"))
 
 
 def _result(x: Any, sliding: Sliding) -> tuple[int, int, int, int, int]:

@@ -98,7 +98,7 @@ class Tail:
             return load
 
         *first, _, _, last = tir.shape_of(self.result)
-        view_result = tir.buffer((*first, rows * columns, last), "result_flat")
+        view_result = tir.buffer((*first, rows * columns, last), "result_flat", str(self.result.dtype))
         value = tvm_ffi.structural_map(self.value, [(ir.TensorLoad, join)], order="post")
         if _mentions(value, (high, low)):
             return None

@@ -1,4 +1,7 @@
-"""Direct convolution on blocked tensors: register tiles of pixels × channels, chains of products, an epilogue."""
+"""Direct convolution on blocked tensors: register tiles of pixels × channels, chains of products, an epilogue.
+
+The int8 convolution is the same one on other elements: a few channels are one element, and a product sums over them.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,16 @@ from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
 from cnncc.targets.llvm.schedule.padded import Image, Sliding
+from cnncc.targets.llvm.schedule.products import FLOATS, Dots, Products, dots_of
 from cnncc.targets.llvm.schedule.register_tile import RegisterTile
 from cnncc.targets.llvm.schedule.tiling import place_of
 from cnncc.targets.llvm.tiling import Tiling
 
 CONV2D = "conv2d"
+INTEGER_CONV2D = "conv2d_int8"
 _OPERANDS = 2
+_PLAIN = 3
+"""Axes before the last one of a tensor that is not blocked."""
 _LINE = 16
 """Elements of a cache line."""
 
@@ -36,10 +43,25 @@ class Conv2d:
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
-        anchor = find_anchor(function, CONV2D)
-        return (
-            None if anchor is None or len(anchor.reads) != _OPERANDS else _Builder(anchor, machine).function(function)
-        )
+        return _kernel(function, CONV2D, machine, FLOATS)
+
+
+@dataclass(frozen=True)
+class IntegerConv2d:
+    """Direct convolution of int8 with packed weights."""
+
+    name: str = "int8"
+
+    def apply(self, function: Any, machine: Machine) -> Any | None:
+        """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
+        return _kernel(function, INTEGER_CONV2D, machine, dots_of(machine))
+
+
+def _kernel(function: Any, kind: str, machine: Machine, products: Products) -> Any | None:
+    anchor = find_anchor(function, kind)
+    if anchor is None or len(anchor.reads) != _OPERANDS:
+        return None
+    return _Builder(anchor, machine, products).function(function)
 
 
 @dataclass(frozen=True)
@@ -69,18 +91,27 @@ class _Run:
 class _Builder:
     """Writes one convolution's loops."""
 
-    def __init__(self, anchor: Anchor, machine: Machine) -> None:
+    def __init__(self, anchor: Anchor, machine: Machine, products: Products) -> None:
         sh, sw, top, left, dh, dw, self.inputs, flat, *knobs = anchor.parameters
         self.plan = DirectPlan.of_numbers(knobs)
-        data, self.weight = anchor.reads
-        self.groups, self.panels, self.blocks, kh, kw, self.lanes, self.width = tir.shape_of(self.weight)
         self.batch, total, high, wide, self.block = tir.shape_of(anchor.tail.result)
+        self.products = products
+        data, weight = anchor.reads
+        self.data, self.weight, self.vector, seen = data, weight, self.block, {}
+        if isinstance(products, Dots):
+            self.data, self.weight = _as_elements(data, products.channels), _as_elements(weight, products.channels)
+            self.vector = machine.lanes
+            seen = {weight: self.weight} | ({} if self.data.same_as(data) else {data: self.data})
+        self.groups, self.panels, self.blocks, kh, kw, self.lanes, _ = tir.shape_of(self.weight)
         self.outputs = total // self.groups
+        self.width = self.plan.panel * self.block
         self.sliding = Sliding(
-            data, self.lanes, self.groups * self.blocks, (kh, kw), (sh, sw), (top, left), (dh, dw), (high, wide)
-        )
+            self.data, self.lanes, self.groups * self.blocks, (kh, kw), (sh, sw), (top, left), (dh, dw), (high, wide),
+            products.blank,
+        )  # fmt: skip
         joined = anchor.tail.flat() if flat else None
-        self.tail, self.aliases = joined or (anchor.tail, {})
+        self.tail, aliases = joined or (anchor.tail, {})
+        self.source, self.aliases = data, {**seen, **aliases}
         self.flat = joined is not None
         rows, columns = (1, high * wide) if self.flat else (high, wide)
         self.tiling = Tiling.of(rows, columns, self.plan.columns, pointers=machine.pointers)
@@ -89,7 +120,7 @@ class _Builder:
         """Return the kernel."""
         if self.sliding.in_place:
             image, copies, memory = self.sliding.view(), [], []
-            self.aliases[self.sliding.data] = image.buffer
+            self.aliases[self.source] = image.buffer
         else:
             image, copy = self.sliding.copied()
             copies, memory = [copy], [image.buffer]
@@ -130,7 +161,7 @@ class _Builder:
         pixels = range(self.tiling.columns)
 
         def tile(number: Any) -> Any:
-            registers = RegisterTile(self.tiling.columns, self.width, self.block)
+            registers = RegisterTile(self.tiling.columns, self.width, self.vector, self.products)
             spot = image.pixel(*place_of(self.tiling, run.first + number, 0))
             offsets = [spot + image.pixel(0, pixel) for pixel in pixels]
             held, buffers = [], list(registers.buffers)
@@ -148,7 +179,7 @@ class _Builder:
 
     def _through_sums(self, image: Image, part: _Part, run: _Run, chains: int) -> Any:
         """Return the work of one task whose sums wait in memory: for their next chain, or for a costly epilogue."""
-        sums = tir.buffer([run.most, self.tiling.columns, self.width], "sums")
+        sums = tir.buffer([run.most, self.tiling.columns, self.width], "sums", self.products.dtype)
 
         def finish(number: Any) -> Any:
             def pixel(index: Any) -> Any:
@@ -226,3 +257,15 @@ class _Builder:
 
     def _element(self, outer: tuple[Any, ...], first: int, value: Callable[[Any], Any], lane: Any) -> Any:
         return self.tail.at((*outer, lane), value(first + lane))
+
+
+def _as_elements(source: Any, channels: int) -> Any:
+    """Return a view of bytes or int16 whose last axis, channels, is one of elements; none is left of a single element.
+
+    Of ``[n, c, h, w]`` there is no such view: channels do not lie side by side.
+    """
+    *outer, last = tir.shape_of(source)
+    if len(outer) == _PLAIN:
+        return source
+    lanes = [last // channels] if last > channels else []
+    return tir.buffer((*outer, *lanes), f"{source.name}_elements", "int32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import tvm_ffi
@@ -11,6 +12,20 @@ from tvm.s_tir import SBlock
 
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule.anchor import KERNEL, MEASURED
+from cnncc.targets.llvm.schedule.products import ZERO
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """How a kernel was made.
+
+    Attributes:
+        rule: Name of the rule, and whether its knobs were measured.
+        operand: Element type that its operation reads: ``int8`` for steps; empty where no operation is marked.
+    """
+
+    rule: str
+    operand: str
 
 
 class Rule(Protocol):
@@ -28,7 +43,7 @@ class Rule(Protocol):
 
 def schedule(
     module: Any, rules: Sequence[Rule], machine: Machine, progress: Callable[[float], None]
-) -> tuple[Any, dict[str, str]]:
+) -> tuple[Any, dict[str, Scheduled]]:
     """Schedule every function of a module.
 
     Args:
@@ -38,9 +53,9 @@ def schedule(
         progress: Called with the fraction done.
 
     Returns:
-        The module, and kernel → name of the rule that scheduled it, and whether its knobs were measured.
+        The module, and kernel → how it was made.
     """
-    used: dict[str, str] = {}
+    used: dict[str, Scheduled] = {}
     functions = [(var, function) for var, function in module.functions_items() if isinstance(function, tirx.PrimFunc)]
     done = module.clone() if hasattr(module, "clone") else module
     for position, (var, function) in enumerate(functions):
@@ -49,10 +64,23 @@ def schedule(
             scheduled = rule.apply(function, machine)
             if scheduled is not None:
                 done.update_func(var, scheduled)
-                used[var.name_hint] = f"{rule.name}, measured" if _is_measured(function, rule.name) else rule.name
+                name = f"{rule.name}, measured" if _is_measured(function, rule.name) else rule.name
+                used[var.name_hint] = Scheduled(name, _operand(function))
                 break
         progress((position + 1) / len(functions))
     return done, used
+
+
+def _operand(function: Any) -> str:
+    """Return the element type of what a function's marked operation reads first."""
+    found: list[str] = []
+
+    def note(block: Any) -> None:
+        if KERNEL in block.annotations and block.reads:
+            found.append(str(block.reads[0].source.dtype))
+
+    tvm_ffi.structural_walk(function.body, [(SBlock, note)])
+    return "int8" if found and found[0] in ZERO else found[0] if found else ""
 
 
 def _is_measured(function: Any, kernel: str) -> bool:

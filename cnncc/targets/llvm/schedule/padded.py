@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 
 from cnncc.targets.llvm.schedule import tir
@@ -68,6 +69,7 @@ class Sliding:
         padding: Top and left; bottom and right follow from the output.
         dilation: Down and right.
         output: Height and width.
+        blank: What is read beyond the image.
     """
 
     data: Any
@@ -78,6 +80,7 @@ class Sliding:
     padding: Pair
     dilation: Pair
     output: Pair
+    blank: Any
 
     @property
     def plain(self) -> bool:
@@ -119,14 +122,14 @@ class Sliding:
         for size in tir.shape_of(self.data):
             elements *= size
         height, width = self.image
-        flat = tir.buffer([elements], f"{self.data.name}_view")
+        flat = tir.buffer([elements], f"{self.data.name}_view", str(self.data.dtype))
         return Image(flat, height, width, self.lanes, self.stride, self.dilation)
 
     def copied(self) -> tuple[Image, Any]:
         """Return a new image and the loops that fill it, rows shared among cores."""
         height, width = self.reach
         batch = tir.shape_of(self.data)[0]
-        memory = tir.buffer([batch * self.blocks * height * width * self.lanes], "padded")
+        memory = tir.buffer([batch * self.blocks * height * width * self.lanes], "padded", str(self.blank.ty.dtype))
         stride = (1, 1) if self.pointwise else self.stride
         image = Image(memory, height, width, self.lanes, stride, self.dilation)
         rows, elements = batch * self.blocks * height, tir.shape_of(memory)[0]
@@ -157,18 +160,29 @@ class Sliding:
         y, x = (place * step[axis] - self.padding[axis] for axis, place in enumerate(at))
         if self.plain:  # neighbours in memory are pixels there, and channels here
             return tir.sequence([
-                tir.store(image.buffer, [start + lane], self.data[where[0], tir.index(lane), y, x])
+                tir.store(image.buffer, [start + lane], self._plain(where[0], lane, y, x))
                 for lane in range(self.lanes)
             ])  # fmt: skip
         return tir.vector(
             self.lanes, lambda lane: tir.store(image.buffer, [start + lane], self.data[where[0], where[1], y, x, lane])
         )
 
+    def _plain(self, image: Any, lane: int, y: Any, x: Any) -> Any:
+        """Return an element of ``[n, c, h, w]``; of integers, a few channels are one."""
+        kind = np.dtype(str(self.data.dtype))
+        if kind == np.float32:
+            return self.data[image, tir.index(lane), y, x]
+        element = tirx.const(0, "int32")
+        together, channels = 4 // kind.itemsize, tir.shape_of(self.data)[1]
+        for channel in range(lane * together, min((lane + 1) * together, channels)):
+            bits = self.data[image, tir.index(channel), y, x].astype(f"uint{8 * kind.itemsize}").astype("int32")
+            element = element | (bits << tirx.const(8 * kind.itemsize * (channel % together), "int32"))
+        return element
+
     def _blank(self, image: Image, start: Any, pixels: int) -> list[Any]:
-        zero = tirx.const(0.0, "float32")
         if pixels <= 0:
             return []
-        return [tir.for_vectors(pixels * self.lanes, 16, lambda i: tir.store(image.buffer, [start + i], zero))]
+        return [tir.for_vectors(pixels * self.lanes, 16, lambda i: tir.store(image.buffer, [start + i], self.blank))]
 
     def _inside(self, axis: int, size: int) -> Pair:
         """Return which positions of an axis lie in the data: first, and one past the last."""

@@ -14,11 +14,10 @@ from typing import Any
 from tvm import tirx
 
 from cnncc.targets.llvm.schedule import tir
+from cnncc.targets.llvm.schedule.products import FLOATS, Products, Weight
 
 Source = Callable[[int], Any]
 """Pixel of the tile → its value in this step."""
-Weight = Callable[[Any], Any]
-"""Channel of the tile → its weight in this step."""
 Put = Callable[[int, Any, Any], Any]
 """Pixel, channel and sum → a store."""
 
@@ -31,32 +30,33 @@ class RegisterTile:
         pixels: Rows of the tile.
         channels: Columns of the tile; whole vectors.
         lanes: Elements of a vector.
+        products: What is added up.
         buffers: The sums of each pixel, ``[channels]``.
     """
 
     pixels: int
     channels: int
     lanes: int
+    products: Products = FLOATS
     buffers: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the buffers."""
-        made = (tir.buffer([self.channels], "tile", scope="local") for _ in range(self.pixels))
+        made = (tir.buffer([self.channels], "tile", self.products.dtype, "local") for _ in range(self.pixels))
         object.__setattr__(self, "buffers", tuple(made))
 
     def clear(self) -> list[Any]:
         """Return the statements that set every sum to zero."""
-        zero = tirx.const(0.0, "float32")
+        zero = tirx.const(0, self.products.dtype)
         return self._each(lambda pixel, channel: tir.store(self.buffers[pixel], [channel], zero))
 
     def step(self, source: Source, weight: Weight) -> list[Any]:
         """Return the statements that add one product to every sum."""
-
-        def add(pixel: int, channel: Any) -> Any:
-            held = self.buffers[pixel]
-            return tir.store(held, [channel], held[channel] + source(pixel) * weight(channel))
-
-        return self._each(add)
+        return [
+            self.products.step(held, first, self.lanes, source(pixel), weight)
+            for pixel, held in enumerate(self.buffers)
+            for first in range(0, self.channels, self.lanes)
+        ]
 
     def collect(self, put: Put) -> list[Any]:
         """Return the statements that take every sum out of the tile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cnncc.targets.llvm.schedule.channels import GatherChannels
-from cnncc.targets.llvm.schedule.conv2d import Conv2d
+from cnncc.targets.llvm.schedule.conv2d import Conv2d, IntegerConv2d
 from cnncc.targets.llvm.schedule.driver import Rule
 from cnncc.targets.llvm.schedule.generic import Generic
 from cnncc.targets.llvm.schedule.interleave import Interleave
@@ -16,6 +16,7 @@ from cnncc.targets.llvm.schedule.winograd import Winograd
 
 RULES: tuple[Rule, ...] = (
     Conv2d(),
+    IntegerConv2d(),
     Winograd(),
     SlidingWindow(),
     Matmul(),

@@ -18,6 +18,7 @@ from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
+from cnncc.targets.llvm.schedule.products import ZERO
 
 WINDOW = "window"
 WEIGHTED, GREATEST, SUM = range(3)
@@ -92,6 +93,15 @@ class _Piece:
     count: int
 
 
+def as_float(element: Any) -> Any:
+    """Return an element as float32; an integer is a step (`products.ZERO`)."""
+    zero = ZERO.get(str(element.ty.dtype))
+    if zero is None:
+        return element
+    whole = element.astype("int32")
+    return (whole - tirx.const(zero, "int32") if zero else whole).astype("float32")
+
+
 Load = Callable[[Any, Any, Any], Any]
 """Takes an input row, column and lane; returns the value."""
 Keep = Callable[[Any, Any, Any], Any]
@@ -139,7 +149,7 @@ class _Builder:
         return tir.function(like, tir.parallel(tasks, task) if self.shared else tir.loop(tasks, task))
 
     def _load(self, where: Sequence[Any]) -> Load:
-        return lambda y, x, lane: tir.at(self.data, *where, y, x, lane)
+        return lambda y, x, lane: as_float(tir.at(self.data, *where, y, x, lane))
 
     def _copied_rows(self, where: Sequence[Any], first: Any, count: Any) -> Any:
         """Return the work of one task that copies its rows between margins first."""

@@ -1,0 +1,284 @@
+"""int8 on blocked tensors: Q/DQ pairs become tensors of steps, and the layers that read them sums of integers.
+
+A QuantizeLinear whose readers are DequantizeLinear of the same scale becomes a tensor of steps (`products.ZERO`); the
+DequantizeLinear itself is computed only for readers that want floats. A convolution or product whose operands are both
+dequantized sums over steps and weights in int32, exactly; then its sums are multiplied by the product of both scales.
+What follows (bias, residual, activation, the next QuantizeLinear) joins the same kernel as float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import ir, relax, te, tirx
+
+from cnncc.targets.llvm.blocked.geometry import blocks_of, pack_channels
+from cnncc.targets.llvm.rules import ConvShape, DirectPlan, direct_plan
+from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
+from cnncc.targets.llvm.schedule.conv2d import INTEGER_CONV2D
+from cnncc.targets.llvm.schedule.products import ZERO, dots_of
+from cnncc.targets.llvm.schedule.window import as_float
+
+if TYPE_CHECKING:
+    from cnncc.targets.llvm.machine import Machine
+
+_LEAST, _MOST = -128.0, 127.0
+
+_ROUND = 12582912.0
+"""1.5 · 2²³: adding it to a small number rounds it to a whole one, halves to even, which the lowest bits then hold."""
+
+MOST_PRODUCTS = (2**31 - 1) // (255 * 127)
+"""Products that int32 sums in any case: a step held as u8, times a weight of −127 to 127."""
+
+MOST_TAPS = 2**24 // (128 * 127)
+"""Products of steps that float32 sums exactly."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Constant int8 weights.
+
+    Attributes:
+        integers: int8, −127 to 127 (−128 is refused: `find_pairs` leaves such weights alone).
+        scales: float32, one per output channel (axis 0).
+        swapped: Whether the graph reads them as ``[inputs, outputs]``.
+    """
+
+    integers: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    swapped: bool = False
+
+    @property
+    def floats(self) -> NDArray[np.float32]:
+        """What they stand for, as the graph reads them."""
+        shape = (-1, *[1] * (self.integers.ndim - 1))
+        values = np.asarray(self.integers * self.scales.reshape(shape), np.float32)
+        return np.ascontiguousarray(values.T) if self.swapped else values
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The Q/DQ pairs of a function that become tensors of steps.
+
+    Attributes:
+        scales: Variable, of a QuantizeLinear or a DequantizeLinear → its scale.
+        weights: Variable of a DequantizeLinear of constants, or of its transpose → the weights.
+    """
+
+    scales: Mapping[Any, float]
+    weights: Mapping[Any, Weight]
+
+
+def find_pairs(bindings: Iterable[Any]) -> Pairs:
+    """Return the pairs of a function, by the contract of docs/qdq.md; others are left to TVM."""
+    bindings = list(bindings)
+    calls = {binding.var: binding.value for binding in bindings if isinstance(binding.value, ir.Call)}
+    readers: dict[Any, list[Any]] = {}
+    for binding in bindings:
+        for read in _variables(binding.value):
+            readers.setdefault(read, []).append(binding.var)
+    scales: dict[Any, float] = {}
+    weights: dict[Any, Weight] = {}
+    for var, call in calls.items():
+        if _op(call) == "relax.quantize" and isinstance(var, relax.DataflowVar):
+            scale = _scale(call, "int8")
+            found = readers.get(var, [])
+            if scale and all(_pairs_with(calls.get(reader), scale) for reader in found):
+                scales |= dict.fromkeys([var, *found], scale)
+        elif _op(call) == "relax.dequantize" and (weight := _weight(call)) is not None:
+            weights[var] = weight
+        elif _op(call) == "relax.permute_dims" and call.args[0] in weights and _is_swap(call):
+            weights[var] = replace(weights[call.args[0]], swapped=True)
+    return Pairs(scales, weights)
+
+
+def _op(call: Any) -> str:
+    return str(getattr(call.op, "name", ""))
+
+
+def _variables(expr: Any) -> list[Any]:
+    if isinstance(expr, relax.Var):
+        return [expr]
+    if isinstance(expr, relax.TupleGetItem):
+        return _variables(expr.tuple_value)
+    parts = expr.args if isinstance(expr, ir.Call) else expr.fields if isinstance(expr, relax.Tuple) else []
+    return [var for part in parts for var in _variables(part)]
+
+
+def _pairs_with(call: Any, scale: float) -> bool:
+    return call is not None and _op(call) == "relax.dequantize" and _scale(call, "float32") == scale
+
+
+def _scale(call: Any, dtype: str) -> float | None:
+    """Return the scale of a Q or DQ per tensor with zero-point 0; None where it is none."""
+    scale, zero = (_constant(arg) for arg in call.args[1:3])
+    if scale is None or zero is None or scale.size != 1 or zero.size != 1 or zero.reshape(()) != 0:
+        return None
+    value = float(scale.reshape(()))
+    normal = float(np.finfo(np.float32).tiny)
+    return value if str(call.ty.dtype) == dtype and normal <= value <= 1 / normal else None
+
+
+def _weight(call: Any) -> Weight | None:
+    values, scales, zeros = (_constant(arg) for arg in call.args)
+    if values is None or scales is None or zeros is None or values.dtype != np.int8 or zeros.any():
+        return None
+    channels = values.shape[0]
+    if (
+        scales.size > 1 and (int(call.attrs.axis) % values.ndim != 0 or scales.size != channels)
+    ) or values.min() < -127:
+        return None
+    return Weight(values, np.broadcast_to(scales.reshape(-1), (channels,)).astype(np.float32))
+
+
+def _is_swap(call: Any) -> bool:
+    axes = call.attrs.axes
+    return len(call.ty.shape) == 2 and (axes is None or [int(axis) for axis in axes] == [1, 0])
+
+
+def _constant(expr: Any) -> NDArray[Any] | None:
+    return np.asarray(expr.value.numpy()) if isinstance(expr, ir.GenericConst) else None
+
+
+# ---- element by element
+
+
+def quantized(builder: Any, data: Any, scale: float, dtype: str) -> Any:
+    """Return the call that makes steps of floats, held as some element type; NaN becomes the lowest.
+
+    Rounded as x · (1 / scale), halves to even: where x / scale, rounded, is a half, the neighbour may come out.
+    """
+
+    def define(x: Any, inverse: Any) -> Any:
+        def element(*indices: Any) -> Any:
+            value = x(*indices) * inverse(0)
+            low, high = tirx.const(_LEAST, "float32"), tirx.const(_MOST, "float32")
+            value = tirx.Select(value > low, value, low)
+            value = tirx.Select(value < high, value, high)
+            return tirx.reinterpret("int32", value + tirx.const(_ROUND + ZERO[dtype], "float32")).astype(dtype)
+
+        return te.compute(x.shape, element, "quantize")
+
+    return builder.call_te(define, data, _number(1.0 / np.float64(scale)), primfunc_name_hint="quantize")
+
+
+def dequantized(builder: Any, steps: Any, scale: float) -> Any:
+    """Return the call that makes floats of steps."""
+
+    def define(x: Any, factor: Any) -> Any:
+        return te.compute(x.shape, lambda *indices: as_float(x(*indices)) * factor(0), "dequantize")
+
+    return builder.call_te(define, steps, _number(scale), primfunc_name_hint="dequantize")
+
+
+def _number(value: float) -> Any:
+    """Return a number as an operand: as part of the code, it would make a kernel of its own for every scale."""
+    return relax.const(np.array([value], np.float32))
+
+
+def rescaled(builder: Any, sums: Any, scales: NDArray[np.float32], offsets: NDArray[np.int32] | None) -> Any:
+    """Return the call that makes floats of blocked sums.
+
+    Args:
+        builder: Relax block builder.
+        sums: ``[n, block, h, w, lane]``, int32 or float32 that holds integers.
+        scales: float32 ``[block, lane]``.
+        offsets: int32 ``[block, lane]``, subtracted before; None for none.
+    """
+    operands = [sums, relax.const(scales), *([relax.const(offsets)] if offsets is not None else [])]
+
+    def define(x: Any, scale: Any, *offset: Any) -> Any:
+        def element(n: Any, block: Any, h: Any, w: Any, lane: Any) -> Any:
+            value = x(n, block, h, w, lane)
+            if offset:
+                value = value - offset[0](block, lane)
+            return value.astype("float32") * scale(block, lane)
+
+        return te.compute(x.shape, element, "rescale")
+
+    return builder.call_te(define, *operands, primfunc_name_hint="rescale")
+
+
+# ---- convolution
+
+
+def integer_conv2d(builder: Any, steps: Any, weight: NDArray[np.int8], shape: ConvShape, machine: Machine) -> Any:
+    """Return the call that convolves steps with weights; its sums count what stands for 0 too (`offsets_of`).
+
+    Args:
+        builder: Relax block builder.
+        steps: Blocked, or ``[n, c, h, w]`` where the shape says so; padding counts as steps of 0.
+        weight: int8 ``[groups · outputs, inputs, kh, kw]``.
+        shape: The convolution, in channels.
+        machine: What the kernel is for.
+
+    Returns:
+        A call of type int32 ``[n, ⌈c / b⌉, h, w, b]``.
+    """
+    together = dots_of(machine).channels
+    counted = replace(shape, inputs=blocks_of(shape.inputs, together), together=together)
+    plan = direct_plan(counted, machine)
+    packed = relax.const(pack_weights(weight, shape, plan, machine))
+    define = _definition(shape, counted, plan, machine)
+    return builder.call_te(define, steps, packed, primfunc_name_hint="conv2d_int8", primfunc_attrs=FUSES)
+
+
+def offsets_of(weight: NDArray[np.int8], machine: Machine) -> NDArray[np.int32] | None:
+    """Return what the sums of `integer_conv2d` count too much, ``[block, lane]``; None where that is nothing."""
+    zero = ZERO[dots_of(machine).steps]
+    sums = zero * weight.reshape(weight.shape[0], -1).sum(axis=1, dtype=np.int64)
+    return pack_channels(sums.astype(np.int32), machine.block) if zero else None
+
+
+def pack_weights(weight: NDArray[np.int8], shape: ConvShape, plan: DirectPlan, machine: Machine) -> NDArray[Any]:
+    """Return weights as a kernel reads them, zero-padded.
+
+    Returns:
+        ``[group, panel, input block, kh, kw, element, output channel, channel of the element]``.
+    """
+    dots = dots_of(machine)
+    inner, outer = _lanes(shape, machine), plan.panel * machine.block
+    panels, blocks = blocks_of(shape.outputs, outer), blocks_of(shape.inputs, inner)
+    full = np.zeros((shape.groups, panels * outer, blocks * inner, *shape.kernel), dots.weights)
+    full[:, : shape.outputs, : shape.inputs] = weight.reshape(shape.groups, shape.outputs, shape.inputs, *shape.kernel)
+    split = full.reshape(shape.groups, panels, outer, blocks, inner // dots.channels, dots.channels, *shape.kernel)
+    return np.ascontiguousarray(split.transpose(0, 1, 3, 6, 7, 4, 2, 5))
+
+
+def _lanes(shape: ConvShape, machine: Machine) -> int:
+    """Return how many channels lie side by side where the kernel reads them."""
+    together = dots_of(machine).channels
+    return machine.block if shape.blocked else blocks_of(shape.inputs, together) * together
+
+
+def _definition(shape: ConvShape, counted: ConvShape, plan: DirectPlan, machine: Machine) -> Any:
+    """Return the operator as a sum over packed weights, for ``call_te``."""
+    block, inner = machine.block, _lanes(shape, machine)
+    outputs, inputs = blocks_of(shape.outputs, block), blocks_of(shape.inputs, inner)
+    result = (shape.batch, shape.groups * outputs, *shape.output, block)
+    numbers = [*shape.stride, *shape.padding[:2], *shape.dilation, counted.inputs, int(shape.flat), *plan.numbers]
+    dots = dots_of(machine)
+    notes = {KERNEL: INTEGER_CONV2D, PARAMETERS: numbers, MEASURED: int(plan.measured)}
+
+    def define(x: Any, w: Any) -> Any:
+        kb, ic = te.reduce_axis((0, inputs), "kb"), te.reduce_axis((0, inner), "ic")
+        kh, kw = (te.reduce_axis((0, size), name) for size, name in zip(shape.kernel, ("kh", "kw"), strict=True))
+
+        def element(n: Any, ob: Any, oh: Any, ow: Any, lane: Any) -> Any:
+            group, own = ob // outputs, ob % outputs
+            y = oh * shape.stride[0] + kh * shape.dilation[0] - shape.padding[0]
+            z = ow * shape.stride[1] + kw * shape.dilation[1] - shape.padding[1]
+            inside = tirx.all(y >= 0, y < shape.image[0], z >= 0, z < shape.image[1], kb * inner + ic < shape.inputs)
+            read = x(n, group * inputs + kb, y, z, ic) if shape.blocked else x(n, group * inputs + ic, y, z)
+            value = tirx.if_then_else(inside, read, tirx.const(ZERO[dots.steps], dots.steps)).astype("int32")
+            element, place = ic // dots.channels, own % plan.panel * block + lane
+            weight = w(group, own // plan.panel, kb, kh, kw, element, place, ic % dots.channels).astype("int32")
+            return te.sum(value * weight, axis=[kb, kh, kw, ic])
+
+        return te.compute(result, element, name="conv2d_int8", attrs=notes)
+
+    return define

@@ -1,0 +1,326 @@
+"""int8 on the CPU: sums of steps are exact on every instruction set; what breaks the contract stays in float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from cnncc.graph.onnx_graph import OnnxGraph
+from cnncc.graph.reader import with_shapes
+from cnncc.graph.reference import Reference
+from cnncc.targets.base import Profile
+from cnncc.targets.devices import named, resolve_profile
+from cnncc.targets.llvm.blocked.geometry import blocked_shape
+from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, integer_conv2d
+from cnncc.targets.llvm.machine import machine_of
+from cnncc.targets.llvm.rules import ConvShape, direct_plan
+from cnncc.targets.llvm.schedule.products import ZERO, dots_of
+from tests.targets.conformance import graph_of
+from tests.targets.llvm.assembly import inner_loops, kernel_assembly
+from tests.targets.llvm.running import operands_of, run_graph
+from tests.targets.llvm.test_convolutions import Case, cases
+
+X86 = ("x86-64", "x86-64-v3", "x86-64-v4")
+"""Instruction sets whose products are pairs: SSE2, AVX2, AVX-512 without VNNI."""
+
+STEP = 2.0**-5
+"""A scale whose multiples float32 holds exactly, so that nothing but a wrong sum can differ."""
+
+EXTREMES = st.sampled_from(["random", "largest", "smallest", "opposite"])
+
+
+def profile_of(cpu: str | None) -> Profile:
+    return resolve_profile(mcpu=cpu)
+
+
+def runs_here(cpu: str | None) -> bool:
+    if cpu is None:
+        return True
+    return set(named(profile_of(cpu)).features) <= set(named(resolve_profile()).features)
+
+
+def steps_of(extreme: str, shape: tuple[int, ...], lowest: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return integers from ``lowest`` to 127: random ones, or those whose products are largest."""
+    if extreme == "random":
+        return rng.integers(lowest, 128, shape)
+    ends = {"largest": [127, 127], "smallest": [lowest, lowest], "opposite": [lowest, 127]}[extreme]
+    return np.resize(np.array(ends, np.int64), shape)
+
+
+def pair(name: str, scale: str) -> list[Any]:
+    """Return QuantizeLinear and DequantizeLinear of a tensor."""
+    return [
+        helper.make_node("QuantizeLinear", [name, scale, "zero"], [f"{name}_q"], f"{name}_quantize"),
+        helper.make_node("DequantizeLinear", [f"{name}_q", scale, "zero"], [f"{name}_dq"], f"{name}_dequantize"),
+    ]
+
+
+def constants(values: Mapping[str, Any]) -> list[TensorProto]:
+    return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+
+
+def quantized_graph(case: Case, weight: NDArray[np.int64], scales: NDArray[np.float32]) -> OnnxGraph:
+    """Return Q/DQ → convolution → residual → ReLU → Q/DQ, whose output is the last dequantized tensor."""
+    outputs = case.groups * case.outputs
+    values: dict[str, Any] = {
+        "scale": np.float32(STEP), "zero": np.int8(0), "end": np.float32(1.0), "w_q": weight.astype(np.int8),
+        "w_scale": scales, "w_zero": np.zeros(outputs, np.int8),
+    }  # fmt: skip
+    operands = ["x_dq", "w"]
+    if case.bias:
+        values["bias"] = np.arange(outputs, dtype=np.float32) - 3
+        operands.append("bias")
+    result = [case.batch, outputs, *out_of(case)]
+    inputs: dict[str, Any] = {"x": [case.batch, case.groups * case.inputs, *case.image]}
+    nodes = [
+        *pair("x", "scale"),
+        helper.make_node("DequantizeLinear", ["w_q", "w_scale", "w_zero"], ["w"], "weights", axis=0),
+        helper.make_node("Conv", operands, ["c"], "conv", group=case.groups, kernel_shape=case.kernel,
+                         strides=case.stride, pads=case.padding, dilations=case.dilation),
+    ]  # fmt: skip
+    last = "c"
+    if case.residual:
+        inputs["r"] = result
+        nodes += [*pair("r", "end"), helper.make_node("Add", ["c", "r_dq"], ["a"], "residual")]
+        last = "a"
+    if case.activation == "relu":
+        nodes.append(helper.make_node("Relu", [last], ["b"], "act"))
+        last = "b"
+    if case.activation != "none":
+        nodes += pair(last, "end")
+        last = f"{last}_dq"
+    nodes.append(helper.make_node("Identity", [last], ["y"], "result"))
+    return graph_of(nodes, inputs, {"y": result}, constants(values), opset=20)
+
+
+def out_of(case: Case) -> tuple[int, int]:
+    reach = [(k - 1) * d + 1 for k, d in zip(case.kernel, case.dilation, strict=True)]
+    high, wide = (
+        (case.image[axis] + case.padding[axis] + case.padding[axis + 2] - reach[axis]) // case.stride[axis] + 1
+        for axis in (0, 1)
+    )
+    return high, wide
+
+
+def exact(case: Case, steps: NDArray[np.int64], weight: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the convolution of integers: float64 holds all of them."""
+    top, left, bottom, right = case.padding
+    data = np.pad(steps, ((0, 0), (0, 0), (top, bottom), (left, right))).astype(np.float64)
+    found = torch.nn.functional.conv2d(
+        torch.from_numpy(data), torch.from_numpy(weight.astype(np.float64)), stride=case.stride,
+        dilation=case.dilation, groups=case.groups,
+    )  # fmt: skip
+    return found.numpy().astype(np.int64)
+
+
+def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int) -> None:
+    """Compare an engine with integer arithmetic, bit for bit."""
+    rng = np.random.default_rng(seed)
+    outputs = case.groups * case.outputs
+    steps = steps_of(of_steps, (case.batch, case.groups * case.inputs, *case.image), -128, rng)
+    weight = steps_of(of_weights, (outputs, case.inputs, *case.kernel), -127, rng)
+    scales = np.float32(2.0) ** rng.integers(-12, -6, outputs).astype(np.float32)
+    graph = quantized_graph(case, weight, scales)
+    feeds = {"x": (steps * STEP).astype(np.float32)}
+    want = exact(case, steps, weight) * (STEP * scales.astype(np.float64)).reshape(-1, 1, 1)
+    if case.bias:
+        want = want + (np.arange(outputs) - 3.0).reshape(-1, 1, 1)
+    if case.residual:
+        skip = rng.integers(-128, 128, want.shape)
+        feeds["r"], want = skip.astype(np.float32), want + skip
+    if case.activation == "relu":
+        want = np.maximum(want, 0.0)
+    if case.activation != "none":
+        want = np.clip(np.rint(want), -128, 127)
+    (got,) = run_graph(graph, feeds, profile_of(cpu))
+    np.testing.assert_array_equal(got, want.astype(np.float32))
+
+
+@st.composite
+def integer_cases(draw: Any) -> Case:
+    """Draw convolutions, depthwise ones among them, of few enough products that float32 holds their sums."""
+    case: Case = draw(cases())
+    activation = draw(st.sampled_from(["none", "relu", "quantized"]))
+    if draw(st.integers(0, 3)) == 0:
+        case = replace(case, groups=draw(st.integers(2, 40)), inputs=1, outputs=1)
+    return replace(case, activation=activation, inputs=min(case.inputs, 1000 // (case.kernel[0] * case.kernel[1])))
+
+
+@pytest.mark.parametrize("cpu", [None, *X86])
+@given(case=integer_cases(), steps=EXTREMES, weights=EXTREMES, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_a_convolution_of_int8_is_exact(cpu: str | None, case: Case, steps: str, weights: str, seed: int) -> None:
+    if not runs_here(cpu):
+        pytest.skip(f"this machine does not run {cpu}")
+    check(case, cpu, steps, weights, seed)
+
+
+@pytest.mark.slow
+@given(case=integer_cases(), steps=EXTREMES, weights=EXTREMES, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_many_convolutions_of_int8_are_exact(case: Case, steps: str, weights: str, seed: int) -> None:
+    check(case, None, steps, weights, seed)
+
+
+LARGE = Case(1, 1, 512, 40, (6, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "none")
+"""4608 products: their sums exceed what float32 counts exactly, and what int16 pairs would hold."""
+
+
+@pytest.mark.parametrize("cpu", [None, *X86])
+@pytest.mark.parametrize(
+    ("of_steps", "of_weights"), [("largest", "largest"), ("smallest", "smallest"), ("smallest", "largest")]
+)
+def test_the_largest_sums_are_exact_to_the_last_bit(cpu: str | None, of_steps: str, of_weights: str) -> None:
+    if not runs_here(cpu):
+        pytest.skip(f"this machine does not run {cpu}")
+    rng = np.random.default_rng(0)
+    steps = steps_of(of_steps, (1, LARGE.inputs, *LARGE.image), -128, rng)
+    weight = steps_of(of_weights, (LARGE.outputs, LARGE.inputs, 3, 3), -127, rng)
+    graph = quantized_graph(LARGE, weight, np.full(LARGE.outputs, 2.0**-9, np.float32))
+    (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)}, profile_of(cpu))
+    sums = exact(LARGE, steps, weight)
+    assert np.abs(sums).max() > 2**24
+    np.testing.assert_array_equal(got, sums.astype(np.float32) * np.float32(STEP * 2.0**-9))
+
+
+# ---- products, pools, scales
+
+
+def product_graph(depth: int, outputs: int, weight: NDArray[np.int64], *, transposed: bool) -> OnnxGraph:
+    values = {
+        "scale": np.float32(STEP), "zero": np.int8(0), "w_q": weight.astype(np.int8),
+        "w_scale": np.full(outputs, 2.0**-8, np.float32), "w_zero": np.zeros(outputs, np.int8),
+    }  # fmt: skip
+    nodes = [
+        *pair("x", "scale"),
+        helper.make_node("DequantizeLinear", ["w_q", "w_scale", "w_zero"], ["w"], "weights", axis=0),
+        helper.make_node("Gemm", ["x_dq", "w"], ["y"], "gemm", transB=int(transposed)),
+    ]
+    return graph_of(nodes, {"x": [2, depth]}, {"y": [2, outputs]}, constants(values), opset=20)
+
+
+@pytest.mark.parametrize(("depth", "outputs"), [(40, 10), (1, 1), (512, 100), (7, 33)])
+def test_a_product_of_int8_is_exact(depth: int, outputs: int) -> None:
+    rng = np.random.default_rng(depth)
+    steps, weight = rng.integers(-128, 128, (2, depth)), rng.integers(-127, 128, (outputs, depth))
+    graph = product_graph(depth, outputs, weight, transposed=True)
+    (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)})
+    np.testing.assert_array_equal(got, ((steps @ weight.T) * STEP * 2.0**-8).astype(np.float32))
+    assert "int8" in operands_of(graph)
+
+
+def test_a_sum_that_int32_might_not_hold_stays_in_float() -> None:
+    depth = MOST_PRODUCTS + 1
+    steps, weight = np.full((2, depth), 127), np.full((3, depth), 127)
+    graph = product_graph(depth, 3, weight, transposed=True)
+    assert "int8" not in operands_of(graph)
+    (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)})
+    np.testing.assert_allclose(got, (steps @ weight.T) * STEP * 2.0**-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 3e-3, 1e12, 1e30])
+def test_extreme_scales_give_what_onnx_runtime_gives(scale: float) -> None:
+    case = Case(1, 1, 8, 8, (5, 5), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "none")
+    rng = np.random.default_rng(1)
+    weight = rng.integers(-127, 128, (8, 8, 3, 3))
+    graph = quantized_graph(case, weight, np.full(8, 1.0, np.float32))
+    proto = graph.copy_proto()
+    for tensor in proto.graph.initializer:
+        if tensor.name == "scale":
+            tensor.CopyFrom(numpy_helper.from_array(np.float32(scale), "scale"))
+    graph = with_shapes(OnnxGraph(proto))
+    feeds = {"x": (rng.standard_normal((1, 8, 5, 5)) * 90 * scale).astype(np.float32)}
+    (got,) = run_graph(graph, feeds)
+    want = Reference(graph).run(feeds)["y"]  # its float32 sums err where ours do not
+    assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()
+
+
+def test_what_is_no_number_or_beyond_the_range_becomes_an_end_of_the_range() -> None:
+    case = Case(1, 1, 4, 1, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), False, False, "none")
+    graph = quantized_graph(case, np.array([1, 0, 0, 0]).reshape(1, 4, 1, 1), np.ones(1, np.float32))
+    for value, step in ((np.inf, 127), (-np.inf, -128), (1e30, 127), (-1e30, -128), (np.nan, -128)):
+        x = np.zeros((1, 4, 1, 1), np.float32)
+        x[0, 0] = value
+        (got,) = run_graph(graph, {"x": x})
+        assert got.ravel()[0] == step * STEP
+
+
+# ---- the contract
+
+
+def changed(**values: Any) -> OnnxGraph:
+    """Return a small quantized convolution with some of its constants replaced."""
+    case = Case(1, 1, 8, 8, (5, 5), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "none")
+    weight = np.random.default_rng(2).integers(-127, 128, (8, 8, 3, 3))
+    proto = quantized_graph(case, weight, np.full(8, 2.0**-8, np.float32)).copy_proto()
+    for tensor in proto.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    return with_shapes(OnnxGraph(proto))
+
+
+CONTRACT = {
+    "a zero-point that is not 0": {"zero": np.int8(3)},
+    "unsigned activations": {"zero": np.uint8(128)},
+    "weights of −128": {"w_q": np.full((8, 8, 3, 3), -128, np.int8)},
+    "a zero-point of weights": {"w_zero": np.full(8, 1, np.int8)},
+}
+
+
+@pytest.mark.parametrize("values", CONTRACT.values(), ids=CONTRACT)
+def test_what_does_not_keep_the_contract_is_computed_in_float(values: dict[str, Any]) -> None:
+    graph = changed(**values)
+    assert "int8" not in operands_of(graph)
+    feeds = {"x": np.random.default_rng(3).standard_normal((1, 8, 5, 5)).astype(np.float32)}
+    (got,) = run_graph(graph, feeds)
+    np.testing.assert_allclose(got, Reference(graph).run(feeds)["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_keeps_the_contract_is_computed_in_int8() -> None:
+    assert "int8" in operands_of(changed())
+
+
+# ---- the kernels, by their assembly
+
+INSTRUCTIONS = {
+    "AVX-512 VNNI": ("x86_64-linux-gnu", "znver4", r"vpdpbusd"),
+    "AVX-VNNI": ("x86_64-linux-gnu", "alderlake", r"vpdpbusd"),
+    "AVX-512": ("x86_64-linux-gnu", "x86-64-v4", r"vpmaddwd\s+.*%zmm"),
+    "AVX2": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddwd\s+.*%ymm"),
+    "dotprod": ("aarch64-linux-gnu", "cortex-a76", r"\bsdot\b"),
+}
+"""Name → triple, CPU and the instruction that its products are made of."""
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_int8_uses_the_instruction_of_its_set_and_spills_nothing(name: str, kernel: int) -> None:
+    triple, cpu, instruction = INSTRUCTIONS[name]
+    profile = named(resolve_profile(mtriple=triple, mcpu=cpu))
+    machine = machine_of(profile)
+    shape = ConvShape(1, 1, 64, 64, (28, 28), (kernel, kernel), (1, 1), (kernel // 2,) * 4, (1, 1), (28, 28))
+    weight = np.ones((64, 64, kernel, kernel), np.int8)
+    dots = dots_of(machine)
+    text = kernel_assembly(
+        profile, blocked_shape((1, 64, 28, 28), machine.block),
+        lambda builder, x, m: integer_conv2d(builder, x, weight, shape, m), dots.steps,
+    )  # fmt: skip
+    plan = direct_plan(replace(shape, inputs=64 // dots.channels, together=dots.channels), machine)
+    registers = plan.columns * plan.panel * (machine.block // machine.lanes)
+    hot = [loop for loop in inner_loops(text) if loop.count(instruction) >= registers]
+    assert hot, f"no inner loop holds {registers} of {instruction}"
+    for loop in hot:
+        assert loop.stack_traffic == [], f"{loop.label} of {plan} spills"
+
+
+def test_zero_is_held_as_the_middle_of_what_an_unsigned_operand_takes() -> None:
+    assert ZERO == {"uint8": 128, "int8": 0, "int16": 0}
