@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from cnncc.calibration.plan import layers_of, plan_for
+from cnncc.calibration.qdq import insert_qdq
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import with_shapes
 from cnncc.graph.reference import Reference
@@ -24,9 +26,10 @@ from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, integer_conv2d
 from cnncc.targets.llvm.machine import machine_of
 from cnncc.targets.llvm.rules import ConvShape, direct_plan
 from cnncc.targets.llvm.schedule.products import ZERO, dots_of
+from tests.calibration.graphs import Net, feeds_of, images, scales_for
 from tests.targets.conformance import graph_of
 from tests.targets.llvm.assembly import inner_loops, kernel_assembly
-from tests.targets.llvm.running import operands_of, run_graph
+from tests.targets.llvm.running import kernels_of, operands_of, run_graph
 from tests.targets.llvm.test_convolutions import Case, cases
 
 X86 = ("x86-64", "x86-64-v3", "x86-64-v4")
@@ -324,3 +327,36 @@ def test_int8_uses_the_instruction_of_its_set_and_spills_nothing(name: str, kern
 
 def test_zero_is_held_as_the_middle_of_what_an_unsigned_operand_takes() -> None:
     assert ZERO == {"uint8": 128, "int8": 0, "int16": 0}
+
+
+# ---- whole chains
+
+
+def chain(seed: int) -> OnnxGraph:
+    """Return a quantized network of what lies between layers: a pool, a concatenation, a skip, a depthwise layer."""
+    net = Net(1, 3, 16, 16, seed=seed)
+    stem = net.node("Relu", [net.conv("x", 24, "stem")], "trunk")
+    pooled = net.node("MaxPool", [stem], "pooled", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    left = net.node("Relu", [net.conv(pooled, 20, "left", kernel=1)])
+    right = net.node("Relu", [net.conv(pooled, 12, "right")])
+    joined = net.node("Concat", [left, right], "joined", 32, axis=1)
+    deep = net.node("Relu", [net.conv(joined, 32, "deep", group=32)], "deepened")
+    total = net.node("Relu", [net.node("Add", [net.conv(deep, 32, "back", kernel=1), joined], "sum")])
+    net.conv(total, 8, "last")
+    graph = with_shapes(net.graph())
+    plan = plan_for(graph, layers_of(graph))
+    return with_shapes(insert_qdq(graph, plan, scales_for(graph, plan, feeds_of(images(4, shape=(3, 16, 16))))))
+
+
+@pytest.mark.parametrize("cpu", [None, "x86-64-v3"])
+@pytest.mark.parametrize("seed", range(3))
+def test_tensors_stay_int8_between_layers(seed: int, cpu: str | None) -> None:
+    graph = chain(seed)
+    feeds = feeds_of(images(4, shape=(3, 16, 16)))[0]
+    (got,) = run_graph(graph, feeds, profile_of(cpu))
+    want = next(iter(Reference(graph).run(feeds).values()))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    kernels = kernels_of(graph, profile_of(cpu))
+    apart = [name for name in kernels if "dequantize" in name and "conv2d" not in name]
+    assert apart == [], "what is dequantized is so inside the kernel that reads it"
+    assert operands_of(graph, profile_of(cpu)) >= {"int8"}

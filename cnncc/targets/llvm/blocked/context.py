@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class Context:
         self.constants: dict[Any, Any] = {}
         self.expansions = expansions
         self.pairs = pairs
+        self._moving = False
         self._names = names
 
     @property
@@ -78,6 +80,8 @@ class Context:
         if not isinstance(expr, relax.Var):
             return Value(plain=expr)
         found = self.values[expr]
+        if self._moving and found.steps is not None:
+            return Value(image=found.steps.image)
         if found.plain is None and found.image is None:
             if found.steps is not None:
                 self._dequantize(found, found.steps, self.name(expr))
@@ -88,6 +92,21 @@ class Context:
     def steps(self, expr: Any) -> Steps | None:
         """Return the steps that a tensor was dequantized from, or None where it was not."""
         return self.values[expr].steps if isinstance(expr, relax.Var) else None
+
+    @contextmanager
+    def moving_steps(self) -> Iterator[None]:
+        """Let dequantized tensors be seen as their steps, by operators that move elements and compute nothing."""
+        self._moving = True
+        try:
+            yield
+        finally:
+            self._moving = False
+
+    def common_scale(self, exprs: Iterable[Any]) -> float | None:
+        """Return the scale that dequantized tensors share; None where one is no blocked tensor of steps."""
+        found = [self.steps(expr) for expr in exprs]
+        scales = {steps.scale if steps is not None and steps.image is not None else None for steps in found}
+        return scales.pop() if len(scales) == 1 else None
 
     def blocked_steps(self, steps: Steps, dims: Dims, name: str | None) -> Steps:
         """Return plain steps blocked."""

@@ -166,6 +166,18 @@ def quantized(builder: Any, data: Any, scale: float, dtype: str) -> Any:
     return builder.call_te(define, data, _number(1.0 / np.float64(scale)), primfunc_name_hint="quantize")
 
 
+def held_steps(builder: Any, data: Any, dtype: str) -> Any:
+    """Return the call that holds steps, which are whole numbers in float32, as some element type."""
+
+    def define(x: Any) -> Any:
+        def element(*indices: Any) -> Any:
+            return tirx.reinterpret("int32", x(*indices) + tirx.const(_ROUND + ZERO[dtype], "float32")).astype(dtype)
+
+        return te.compute(x.shape, element, "hold")
+
+    return builder.call_te(define, data, primfunc_name_hint="hold")
+
+
 def dequantized(builder: Any, steps: Any, scale: float) -> Any:
     """Return the call that makes floats of steps."""
 

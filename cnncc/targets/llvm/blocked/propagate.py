@@ -15,7 +15,7 @@ from tvm import ir, relax, tirx
 from cnncc.targets.llvm.blocked.context import Context, names_of
 from cnncc.targets.llvm.blocked.convolutions import convolution, product
 from cnncc.targets.llvm.blocked.elements import ELEMENTWISE, elementwise
-from cnncc.targets.llvm.blocked.image import Image, Value
+from cnncc.targets.llvm.blocked.image import Image, Steps, Value
 from cnncc.targets.llvm.blocked.integers import find_pairs
 from cnncc.targets.llvm.blocked.methods import KernelPolicy, choose_methods
 from cnncc.targets.llvm.blocked.normalize import layer_norm
@@ -62,6 +62,14 @@ FOLLOWS: dict[str, Rule] = {
     "relax.variance": reduce_pixels,
 }
 """Operators that compute on a blocked tensor where they are given one."""
+
+MOVES = frozenset(
+    {
+        *("relax.concat", "relax.split", "relax.strided_slice", "relax.take", "relax.reshape", "relax.flatten"),
+        *("relax.squeeze", "relax.expand_dims", "relax.permute_dims"),
+    }
+)
+"""Operators that move elements: of dequantized tensors, they move the steps."""
 
 _PASS_ON = frozenset({"relax.concat", "relax.split", "relax.quantize", "relax.dequantize"})
 """Operators besides that do so by rules of other forms."""
@@ -176,6 +184,9 @@ class _Rewriter:
             return Value()  # made when it is read
         if var in context.pairs.scales:
             return (quantize if op == "relax.quantize" else dequantize)(context, call, context.pairs.scales[var], name)
+        moved = self._moved(call, op, name) if op in MOVES else None
+        if moved is not None:
+            return moved
         if op in ELEMENTWISE:
             return _as_value(elementwise(context, call, name, wanted=wanted))
         if op == "relax.concat":
@@ -184,6 +195,24 @@ class _Rewriter:
             return split(context, call, name)
         rule = COMPUTES.get(op) or FOLLOWS.get(op)
         return None if rule is None else _as_value(rule(context, call, name))
+
+    def _moved(self, call: Any, op: str, name: str | None) -> Value | list[Value] | None:
+        """Return what an operator moves as steps, where all that it reads are steps of one scale."""
+        context = self._context
+        read = call.args[0].fields if isinstance(call.args[0], relax.Tuple) else call.args[:1]
+        scale = context.common_scale(read)
+        if scale is None:
+            return None
+        with context.moving_steps():
+            if op == "relax.concat":
+                found: Any = concat(context, call, name, wanted=True)
+            else:
+                found = split(context, call, name) if op == "relax.split" else FOLLOWS[op](context, call, name)
+        values = [_as_value(each) for each in (found if isinstance(found, list) else [found])]
+        if any(value is None or value.image is None for value in values):
+            return None
+        steps = [Value(steps=Steps(scale, image=value.image)) for value in values if value is not None]
+        return steps if isinstance(found, list) else steps[0]
 
 
 def _as_value(found: Image | Value | None) -> Value | None:

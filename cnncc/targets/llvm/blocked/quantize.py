@@ -27,6 +27,9 @@ def quantize(context: Context, call: Any, scale: float, name: str | None) -> Val
         name: Name of its result.
     """
     data = call.args[0]
+    held = context.steps(data)
+    if held is not None and held.scale == scale:  # of a pool or a concatenation: rounded already
+        return Value(steps=held)
     image, shape, dtype = context.image(data), shape_of(data), dots_of(context.machine).steps
     if image is None and len(shape) == 4 and shape[1] <= FEW_CHANNELS:
         made = quantized(context.builder, context.plain(data), scale, dtype)

@@ -64,7 +64,7 @@ def max_pool(builder: Any, data: Any, sliding: Sliding, machine: Machine) -> Any
 
     Args:
         builder: Relax block builder.
-        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` float32.
+        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` float32, or steps, of which whole numbers in float32 are made.
         sliding: How the window slides.
         machine: What the kernel is for.
 

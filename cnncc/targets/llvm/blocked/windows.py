@@ -8,28 +8,35 @@ from tvm import relax
 
 from cnncc.targets.llvm.blocked.context import Context
 from cnncc.targets.llvm.blocked.elements import shape_of
-from cnncc.targets.llvm.blocked.image import NCHW, Image, dims_of
+from cnncc.targets.llvm.blocked.image import NCHW, Image, Steps, Value, dims_of
+from cnncc.targets.llvm.blocked.integers import held_steps
 from cnncc.targets.llvm.blocked.window import average_pool, divisors_of, max_pool
 from cnncc.targets.llvm.rules import Sliding
+from cnncc.targets.llvm.schedule.products import dots_of
 
 _AXES = {"n": 0, "h": 2, "w": 3}
 """Axis of a blocked tensor."""
 
 
-def pool(context: Context, call: Any, name: str | None) -> Image | None:
+def pool(context: Context, call: Any, name: str | None) -> Image | Value | None:
     """Return the maximum or average under a sliding window, or None where the data are not float images."""
     (data,) = call.args
     attrs = call.attrs
     if str(attrs.layout) != "NCHW" or str(call.ty.dtype) != "float32":
         return None
-    image = context.blocked(data, NCHW)
+    greatest = str(call.op.name).endswith("max_pool2d")
+    steps = context.steps(data) if greatest else None
+    image = steps.image if steps is not None and steps.image is not None else context.blocked(data, NCHW)
     dims = dims_of(shape_of(call), NCHW)
     top, left, bottom, right = (int(size) for size in attrs.padding)
     kernel, stride, dilation = (_pair(sizes) for sizes in (attrs.pool_size, attrs.strides, attrs.dilation))
     sliding = Sliding(image.dims[2:], kernel, stride, (top, left, bottom, right), dilation, dims[2:])
     whole = context.whole(image)
-    if str(call.op.name).endswith("max_pool2d"):
+    if greatest:
         made = max_pool(context.builder, whole, sliding, context.machine)
+        if steps is not None and steps.image is not None:
+            made = held_steps(context.builder, context.emit(made, name), dots_of(context.machine).steps)
+            return Value(steps=Steps(steps.scale, image=context.result(made, dims, NCHW, name)))
     else:
         divisors = divisors_of(sliding, bool(attrs.count_include_pad))
         made = average_pool(context.builder, whole, sliding, divisors, context.machine)

@@ -114,7 +114,7 @@ class _Builder:
             return self.pixels.store([image, number, *point], lambda lane: tir.at(source, *indices, lane))
 
         def shuffled(point: Any) -> Any:
-            made = tir.buffer([self.block], "made", scope="local")
+            made = tir.buffer([self.block], "made", str(self.sources[0].dtype), "local")
             loads = []
             for which in vectors:
                 source, indices = vector(which, point)
