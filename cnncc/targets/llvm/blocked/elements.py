@@ -62,10 +62,19 @@ def elementwise(context: Context, call: Any, name: str | None, *, wanted: bool) 
     args = [
         operand(context, arg, dims, layout.order) if isinstance(arg.ty, relax.TensorType) else arg for arg in call.args
     ]
+    if str(call.op.name) == "relax.subtract":  # a shift: as part of the code, it would make a kernel for every amount
+        args = [_as_tensor(arg) for arg in args]
     made = ir.Call(call.op, args, call.attrs, call.ty_args)
     if any(_is_stretched(context.image(tensor), dims) for tensor in tensors):
         made = _apart(context, made)
     return context.result(made, dims, layout.order, name)
+
+
+def _as_tensor(arg: Any) -> Any:
+    """Return a constant number as a tensor that broadcasts, and anything else as it is."""
+    if not isinstance(arg, ir.GenericConst) or len(arg.ty.shape):
+        return arg
+    return relax.const(np.asarray(arg.value.numpy()).reshape(1, 1, 1, 1, 1))
 
 
 def _is_stretched(image: Image | None, dims: Sequence[int]) -> bool:
