@@ -27,7 +27,9 @@ from cnncc.calibration.quantize import quantize
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.pipeline import clean_graph
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.graph.reader import read_onnx
+from cnncc.graph.reader import bind_batch, read_onnx, with_shapes
+from cnncc.graph.reference import Reference
+from tests.targets.llvm.running import operands_of, run_graph
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +68,9 @@ class Trained:
     name: str
     graph: OnnxGraph
     calibration: Path
+    test: Path
     validation: Validation
+    quantized: OnnxGraph
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -81,14 +85,11 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     np.savez(folder / "calib.npz", x=data.calibration(256, 0))
     np.savez(folder / "test.npz", x=data.test.inputs, y=data.test.y)
     validation = Validation(graph, open_data(str(folder / "test.npz"), graph.inputs, None, limit=None))
-    return Trained(request.param, graph, folder / "calib.npz", validation)
-
-
-def ours(network: Trained) -> Accuracy:
-    stream = open_data(str(network.calibration), network.graph.inputs, None, limit=None)
-    table = calibrate(Job(graph=network.graph, name=network.name, version="test", stream=stream, workers=2))
+    stream = open_data(str(folder / "calib.npz"), graph.inputs, None, limit=None)
+    table = calibrate(Job(graph=graph, name=request.param, version="test", stream=stream, workers=2))
     assert not table.kept
-    return network.validation.measure(quantize(network.graph, table, name=network.name))
+    quantized = with_shapes(quantize(graph, table, name=request.param))
+    return Trained(request.param, graph, folder / "calib.npz", folder / "test.npz", validation, quantized)
 
 
 def theirs(network: Trained, options: tuple[str, ...], folder: Path) -> Accuracy:
@@ -99,7 +100,7 @@ def theirs(network: Trained, options: tuple[str, ...], folder: Path) -> Accuracy
 
 
 def test_accuracy_is_kept_and_the_noise_is_less_than_onnx_runtimes(network: Trained, tmp_path: Path) -> None:
-    model, found = network.validation.measure(), ours(network)
+    model, found = network.validation.measure(), network.validation.measure(network.quantized)
     assert model.metric == "top-1"
     assert model.value > 90
     assert model.value - found.value < 0.7  # two of 360 images
@@ -108,3 +109,18 @@ def test_accuracy_is_kept_and_the_noise_is_less_than_onnx_runtimes(network: Trai
     if network.name == "mbv2h":
         assert found.sqnr_db > 20
         assert max(peers.values()) < 10
+
+
+def test_an_engine_predicts_what_the_quantized_graph_predicts(network: Trained) -> None:
+    with np.load(network.test) as held:
+        x = held["x"]
+    graph = bind_batch(network.quantized, len(x))
+    feeds = {graph.inputs[0].name: x}
+    (got,) = run_graph(graph, feeds)
+    want = next(iter(Reference(graph).run(feeds).values()))
+    noise = np.abs(got - want).max()
+    first, second = np.sort(want, axis=1)[:, :-3:-1].T
+    clear = first - second > 2 * noise  # the others are ties, as far as rounding next to a half goes
+    assert clear.mean() > 0.98
+    np.testing.assert_array_equal(got.argmax(1)[clear], want.argmax(1)[clear])
+    assert operands_of(graph) >= {"int8"}
