@@ -82,7 +82,7 @@ class Context:
         found = self.values[expr]
         if self._moving and found.steps is not None:
             return Value(image=found.steps.image)
-        if found.plain is None and found.image is None:
+        if found.plain is None and found.image is None and found.base is None:
             if found.steps is not None:
                 self._dequantize(found, found.steps, self.name(expr))
             elif expr in self.pairs.weights:
@@ -105,8 +105,8 @@ class Context:
     def common_scale(self, exprs: Iterable[Any]) -> float | None:
         """Return the scale that dequantized tensors share; None where one is no blocked tensor of steps."""
         found = [self.steps(expr) for expr in exprs]
-        scales = {steps.scale if steps is not None and steps.image is not None else None for steps in found}
-        return scales.pop() if len(scales) == 1 else None
+        held = [steps.scale for steps in found if steps is not None and steps.image is not None and not steps.flat]
+        return held[0] if len(held) == len(found) and len(set(held)) == 1 else None
 
     def blocked_steps(self, steps: Steps, dims: Dims, name: str | None) -> Steps:
         """Return plain steps blocked."""
@@ -116,7 +116,8 @@ class Context:
     def _dequantize(self, value: Value, steps: Steps, name: str | None) -> None:
         if steps.image is not None:
             made = dequantized(self.builder, self.whole(steps.image), steps.scale)
-            value.image = self.result(made, steps.image.dims, steps.image.order, name)
+            image = self.result(made, steps.image.dims, steps.image.order, name)
+            value.image, value.base = (None, image) if steps.flat else (image, None)
         else:
             value.plain = self.emit(dequantized(self.builder, steps.plain, steps.scale), name)
 

@@ -218,13 +218,19 @@ def product(context: Context, call: Any, name: str | None) -> Value | None:
 def _product_of_steps(
     context: Context, call: Any, weight: NDArray[Any], scales: NDArray[np.float32], name: str | None
 ) -> Value | None:
-    """Return the product of rows of steps with a matrix, a convolution of one pixel; None where they are images."""
+    """Return the product of rows of steps with a matrix: a convolution as large as the image that the rows were.
+
+    None where the rows are those of an image, as of a sequence.
+    """
     steps = context.steps(call.args[0])
-    if steps is None or steps.image is None or steps.image.order != "nc":
+    if steps is None or steps.image is None or not (steps.flat or steps.image.order == "nc"):
         return None
-    spec = Convolution(weight[:, :, None, None], 1, (1, 1), (0, 0, 0, 0), (1, 1), (1, 1), scales=scales)
+    _, channels, *pixels = steps.image.dims
+    kernel = weight.reshape(weight.shape[0], channels, *pixels)
+    spec = Convolution(kernel, 1, (1, 1), (0, 0, 0, 0), (1, 1), (1, 1), scales=scales)
     result = (steps.image.dims[0], weight.shape[0], 1, 1)
-    return Value(image=_convolve_steps(context, call.args[0], spec, result, name))
+    made = _convolve_steps(context, call.args[0], spec, result, name)
+    return Value(image=made.reordered("nc", name))
 
 
 def _product_of_rows(context: Context, image: Image, matrix: NDArray[Any], name: str | None) -> Value:

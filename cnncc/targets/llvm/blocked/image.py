@@ -158,11 +158,13 @@ class Steps:
         scale: Of a step.
         image: Blocked; None where the tensor is plain.
         plain: As the graph has it; None where it is blocked.
+        flat: Whether the graph joined the image's channels and pixels to rows of features, ``[n, c · h · w]``.
     """
 
     scale: float
     image: Image | None = None
     plain: Any | None = None
+    flat: bool = False
 
 
 @dataclass

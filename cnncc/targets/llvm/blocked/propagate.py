@@ -208,11 +208,18 @@ class _Rewriter:
                 found: Any = concat(context, call, name, wanted=True)
             else:
                 found = split(context, call, name) if op == "relax.split" else FOLLOWS[op](context, call, name)
-        values = [_as_value(each) for each in (found if isinstance(found, list) else [found])]
-        if any(value is None or value.image is None for value in values):
+        moved = [_as_steps(_as_value(each), scale) for each in (found if isinstance(found, list) else [found])]
+        values = [value for value in moved if value is not None]
+        if len(values) < len(moved):
             return None
-        steps = [Value(steps=Steps(scale, image=value.image)) for value in values if value is not None]
-        return steps if isinstance(found, list) else steps[0]
+        return values if isinstance(found, list) else values[0]
+
+
+def _as_steps(value: Value | None, scale: float) -> Value | None:
+    """Return what was moved as steps; None where it is no image, and none that was flattened."""
+    if value is None or value.grid or (value.image is None and value.base is None):
+        return None
+    return Value(steps=Steps(scale, image=value.image or value.base, flat=value.image is None))
 
 
 def _as_value(found: Image | Value | None) -> Value | None:
