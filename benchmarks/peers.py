@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from benchmarks.peak import measure_peak  # noqa: E402
 from benchmarks.table import Runs, block, summary  # noqa: E402
 from cnncc.compiler import compile  # noqa: E402
 from cnncc.compiler.bench.bundle import open_field  # noqa: E402
-from cnncc.compiler.bench.subjects import check_names, peers  # noqa: E402
+from cnncc.compiler.bench.subjects import OURS, Subject, check_names, peers  # noqa: E402
 from cnncc.compiler.cache import Cache, default_cache_folder  # noqa: E402
+from cnncc.compiler.calibration import Calibration  # noqa: E402
 from cnncc.compiler.inspection import summarize  # noqa: E402
-from cnncc.compiler.pipeline import CompileRequest  # noqa: E402
+from cnncc.compiler.pipeline import FP32, INT8, CompileRequest  # noqa: E402
 from cnncc.compiler.reporting import Silent  # noqa: E402
 from cnncc.graph.reader import read_onnx  # noqa: E402
+from cnncc.targets.base import KernelOptions  # noqa: E402
 from cnncc.targets.devices import resolve_profile  # noqa: E402
 from cnncc_runtime.bundle import REFERENCE, read_bundle, to_plain  # noqa: E402
 from cnncc_runtime.errors import CnnccError, UsageError  # noqa: E402
@@ -43,6 +45,12 @@ AGREEMENT = 1e-3
 """Largest relative L2 distance to the first peer. Winograd's rounding stays below 1e-4 in the deepest of these
 networks; arithmetic in bfloat16 or float16, which no peer may use here, shows from about 2e-3."""
 
+INT8_AGREEMENT = 0.05
+"""The same for int8: steps that are rounded next to a half differ from one library to the next."""
+
+DIRECT = "fp32-direct"
+"""Our own engine in float32 without Winograd's method, as a peer of int8."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,6 +62,7 @@ class Plan:
         rounds: Interleaved rounds of a run.
         min_time: Seconds per engine and run.
         repeat: Runs.
+        precision: ``fp32`` or ``int8``, calibrated on random numbers: it computes as much as any other.
     """
 
     against: tuple[str, ...]
@@ -61,6 +70,7 @@ class Plan:
     rounds: int
     min_time: float
     repeat: int
+    precision: str = FP32
 
 
 def parse_threads(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
@@ -80,6 +90,7 @@ def parse_threads(_context: click.Context, _option: click.Parameter, values: tup
 @click.option("--rounds", type=click.IntRange(2), default=12, show_default=True)
 @click.option("--min-time", type=click.FloatRange(0.01), default=3.0, show_default=True, help="Seconds per engine.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Whole runs of each network.")
+@click.option("--precision", type=click.Choice([FP32, INT8]), default=FP32, show_default=True, help="Of everybody.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write every report to this JSON file.")
 def main(
     models: tuple[str, ...],
@@ -88,11 +99,12 @@ def main(
     rounds: int,
     min_time: float,
     repeat: int,
+    precision: str,
     output: Path | None,
 ) -> None:
     """Print our latency relative to peers on MODELS: names of the built-in networks, or what `cnncc compile` takes."""
     chosen = against.split(",") if against is not None else [name for name in peers() if name not in SLOWER_ELSEWHERE]
-    plan = Plan(tuple(name for name in chosen if name), threads, rounds, min_time, repeat)
+    plan = Plan(tuple(name for name in chosen if name), threads, rounds, min_time, repeat, precision)
     try:
         check_names(plan.against)
     except UsageError as exc:
@@ -126,16 +138,24 @@ def measure(network: Network, plan: Plan) -> Iterator[Runs]:
     cache = Cache(default_cache_folder())
     with tempfile.TemporaryDirectory(prefix="cnncc-peers-") as folder:
         bundle = Path(folder) / "model.cnncc"
-        compile(CompileRequest(network.request, resolve_profile("host"), bundle), cache=cache)
+        request = CompileRequest(network.request, resolve_profile("host"), bundle)
+        others: tuple[Subject, ...] = ()
+        if plan.precision == INT8:
+            direct = replace(request, output=Path(folder) / "direct.cnncc", kernels=KernelOptions(winograd=False))
+            compile(direct, cache=cache)
+            others = (Subject(DIRECT, OURS, direct.output),)
+            request = replace(request, precision=INT8, calibration=Calibration("random", samples=8, equalize=False))
+        compile(request, cache=cache)
         operations = 2 * summarize(read_onnx(read_bundle(bundle).file(REFERENCE))).macs
         with open_field(bundle, plan.against, batch=0, cache=cache, lenient=True) as field:
+            field = replace(field, subjects=(*field.subjects, *others))
             for threads in plan.threads:
                 reports = tuple(
                     field.measure(
                         threads=threads,
                         rounds=plan.rounds,
                         min_time=plan.min_time,
-                        agreement=AGREEMENT,
+                        agreement=AGREEMENT if plan.precision == FP32 else INT8_AGREEMENT,
                         reporter=Silent(),
                     )
                     for _ in range(plan.repeat)

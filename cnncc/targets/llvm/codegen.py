@@ -9,7 +9,7 @@ import tvm
 from tvm import relax, s_tir, tirx
 from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 
-from cnncc.targets.llvm.stack import keep_on_stack
+from cnncc.targets.llvm.stack import keep_on_stack, share_buffers
 from cnncc.targets.llvm.threads.pool import write_object
 from cnncc.targets.llvm.threads.regions import announce_regions
 
@@ -36,7 +36,7 @@ def kernel_passes() -> list[tuple[str, Any]]:
         ("legalize-bf16", tirx.transform.BF16ComputeLegalize()),
         ("narrow-indices", tirx.transform.NarrowDataType(32)),
         ("vectorize", tirx.transform.VectorizeLoop(True)),
-        ("share-buffers", tirx.transform.StorageRewrite()),
+        ("share-buffers", share_buffers()),
         ("keep-on-stack", keep_on_stack()),
         ("unroll", tirx.transform.UnrollLoop()),
         ("simplify", tirx.transform.StmtSimplify()),

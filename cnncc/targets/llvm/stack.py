@@ -1,4 +1,4 @@
-"""Keeps small buffers on the stack, where LLVM makes registers of them."""
+"""Where a kernel's own buffers lie: small ones on the stack, where LLVM makes registers of them; others may share."""
 
 from __future__ import annotations
 
@@ -32,6 +32,36 @@ def keep_on_stack() -> Any:
         return function.with_body(body)
 
     return tirx.transform.prim_func_pass(transform, opt_level=0, name="cnncc.KeepOnStack")
+
+
+def share_buffers() -> Any:
+    """Return a pass that lets buffers lie in the same memory one after the other.
+
+    TVM's pass does not see that a view reads the buffer it is of: it takes that for dead, and lays the next one over
+    it. Kernels with views of buffers of their own are left alone.
+    """
+    rewrite = tirx.transform.StorageRewrite()
+
+    def transform(function: Any, _module: Any, _context: Any) -> Any:
+        if _has_views(function):
+            return function
+        return rewrite(tvm.IRModule({"kernel": function}))["kernel"]
+
+    return tirx.transform.prim_func_pass(transform, opt_level=0, name="cnncc.ShareBuffers")
+
+
+def _has_views(function: Any) -> bool:
+    """Whether a function sees a buffer that it allocates under another shape."""
+    own: list[Any] = []
+    seen: list[Any] = []
+    tvm_ffi.structural_walk(
+        function.body,
+        [
+            (tirx.AllocBuffer, lambda statement: own.append(statement.buffer)),
+            (tirx.DeclBuffer, lambda statement: seen.extend(getattr(statement.data, "args", ()))),
+        ],
+    )
+    return any(buffer.same_as(whole) for buffer in own for whole in seen)
 
 
 def _bytes(buffer: Any) -> int:

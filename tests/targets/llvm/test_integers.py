@@ -366,3 +366,23 @@ def test_tensors_stay_int8_between_layers(seed: int, channels: int, cpu: str | N
     if channels % 16 == 0:  # other images are unpacked before they become rows
         assert apart == [], "what is dequantized is so inside the kernel that reads it"
     assert operands_of(graph, profile_of(cpu)) >= {"int8"}
+
+
+@pytest.mark.parametrize("channels", [16, 24, 58])
+def test_a_shuffle_of_channels_moves_int8_or_nothing(channels: int) -> None:
+    net = Net(1, 3, 8, 8, seed=channels)
+    halves = [net.node("Relu", [net.conv("x", channels, name)]) for name in ("left", "right")]
+    joined = net.node("Concat", halves, "joined", 2 * channels, axis=1)
+    grid = net.constant("grid", np.array([1, 2, channels, 8, 8]))
+    flat = net.constant("flat", np.array([1, 2 * channels, 8, 8]))
+    split = net.node("Reshape", [joined, grid], "split")
+    turned = net.node("Transpose", [split], "turned", perm=[0, 2, 1, 3, 4])
+    net.conv(net.node("Reshape", [turned, flat], "shuffled", 2 * channels), 8, "last")
+    graph = with_shapes(net.graph())
+    plan = plan_for(graph, layers_of(graph))
+    feeds = feeds_of(images(4, shape=(3, 8, 8)))
+    graph = with_shapes(insert_qdq(graph, plan, scales_for(graph, plan, feeds)))
+    (got,) = run_graph(graph, feeds[0])
+    want = next(iter(Reference(graph).run(feeds[0]).values()))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert not [name for name in kernels_of(graph) if "dequantize" in name]

@@ -81,7 +81,7 @@ class Context:
             return Value(plain=expr)
         found = self.values[expr]
         if self._moving and found.steps is not None:
-            return Value(image=found.steps.image)
+            return found.steps.moved()
         if found.plain is None and found.image is None and found.base is None:
             if found.steps is not None:
                 self._dequantize(found, found.steps, self.name(expr))
@@ -105,7 +105,7 @@ class Context:
     def common_scale(self, exprs: Iterable[Any]) -> float | None:
         """Return the scale that dequantized tensors share; None where one is no blocked tensor of steps."""
         found = [self.steps(expr) for expr in exprs]
-        held = [steps.scale for steps in found if steps is not None and steps.image is not None and not steps.flat]
+        held = [steps.scale for steps in found if steps is not None and steps.image is not None]
         return held[0] if len(held) == len(found) and len(set(held)) == 1 else None
 
     def blocked_steps(self, steps: Steps, dims: Dims, name: str | None) -> Steps:
@@ -117,7 +117,8 @@ class Context:
         if steps.image is not None:
             made = dequantized(self.builder, self.whole(steps.image), steps.scale)
             image = self.result(made, steps.image.dims, steps.image.order, name)
-            value.image, value.base = (None, image) if steps.flat else (image, None)
+            value.image, value.base = (None, image) if steps.reshaped else (image, None)
+            value.grid = steps.grid
         else:
             value.plain = self.emit(dequantized(self.builder, steps.plain, steps.scale), name)
 

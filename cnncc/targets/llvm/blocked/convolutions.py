@@ -54,7 +54,8 @@ def convolution(context: Context, call: Any, name: str | None) -> Image | None:
     """Return the result of a convolution with constant weights on images or sequences, else None."""
     attrs = call.attrs
     layout = str(attrs.data_layout)
-    integers = _integers(context, call) if layout == "NCHW" else None
+    steps = context.steps(call.args[0])
+    integers = _integers(context, call) if layout == "NCHW" and steps is not None and steps.is_image else None
     weight, scales = integers or (context.constant(call.args[1]), None)
     if weight is None or layout not in ("NCHW", "NCW") or not _is_float(call, *call.args):
         return None

@@ -158,13 +158,31 @@ class Steps:
         scale: Of a step.
         image: Blocked; None where the tensor is plain.
         plain: As the graph has it; None where it is blocked.
-        flat: Whether the graph joined the image's channels and pixels to rows of features, ``[n, c · h · w]``.
+        reshaped: Whether the graph split the image's channels into several axes, or joined them with the pixels.
+        grid: As in `Value`, where it did.
     """
 
     scale: float
     image: Image | None = None
     plain: Any | None = None
-    flat: bool = False
+    reshaped: bool = False
+    grid: tuple[int, ...] = ()
+
+    @property
+    def flat(self) -> bool:
+        """Whether channels and pixels are rows of features, ``[n, c · h · w]``."""
+        return self.reshaped and not self.grid
+
+    @property
+    def is_image(self) -> bool:
+        """Whether these are images as operators on ``[n, c, h, w]`` take them, blocked or plain."""
+        return self.image is None or (self.image.order == NCHW and not self.reshaped)
+
+    def moved(self) -> Value:
+        """Return the steps as the value that an operator would move."""
+        if self.reshaped:
+            return Value(base=self.image, grid=self.grid)
+        return Value(image=self.image)
 
 
 @dataclass

@@ -216,10 +216,11 @@ class _Rewriter:
 
 
 def _as_steps(value: Value | None, scale: float) -> Value | None:
-    """Return what was moved as steps; None where it is no image, and none that was flattened."""
-    if value is None or value.grid or (value.image is None and value.base is None):
+    """Return what was moved as steps; None where it is no image, nor one that was reshaped."""
+    if value is None or (value.image is None and value.base is None):
         return None
-    return Value(steps=Steps(scale, image=value.image or value.base, flat=value.image is None))
+    reshaped = value.image is None
+    return Value(steps=Steps(scale, image=value.image or value.base, reshaped=reshaped, grid=value.grid))
 
 
 def _as_value(found: Image | Value | None) -> Value | None:

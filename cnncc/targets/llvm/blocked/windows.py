@@ -26,7 +26,8 @@ def pool(context: Context, call: Any, name: str | None) -> Image | Value | None:
         return None
     greatest = str(call.op.name).endswith("max_pool2d")
     steps = context.steps(data) if greatest else None
-    image = steps.image if steps is not None and steps.image is not None else context.blocked(data, NCHW)
+    held = steps.image if steps is not None and steps.is_image else None
+    image = held or context.blocked(data, NCHW)
     dims = dims_of(shape_of(call), NCHW)
     top, left, bottom, right = (int(size) for size in attrs.padding)
     kernel, stride, dilation = (_pair(sizes) for sizes in (attrs.pool_size, attrs.strides, attrs.dilation))
@@ -34,7 +35,7 @@ def pool(context: Context, call: Any, name: str | None) -> Image | Value | None:
     whole = context.whole(image)
     if greatest:
         made = max_pool(context.builder, whole, sliding, context.machine)
-        if steps is not None and steps.image is not None:
+        if steps is not None and held is not None:
             made = held_steps(context.builder, context.emit(made, name), dots_of(context.machine).steps)
             return Value(steps=Steps(steps.scale, image=context.result(made, dims, NCHW, name)))
     else:
