@@ -198,33 +198,47 @@ def test_the_largest_sums_are_exact_to_the_last_bit(cpu: str | None, of_steps: s
 # ---- products, pools, scales
 
 
-def product_graph(depth: int, outputs: int, weight: NDArray[np.int64], *, transposed: bool) -> OnnxGraph:
+def product_graph(weight: NDArray[np.int64], *, transposed: bool, axis: int) -> OnnxGraph:
+    """Return Q/DQ → product with ``weight``, ``[outputs, depth]``, which the graph holds transposed or not."""
+    outputs, depth = weight.shape
+    held = weight if transposed else weight.T
     values = {
-        "scale": np.float32(STEP), "zero": np.int8(0), "w_q": weight.astype(np.int8),
-        "w_scale": np.full(outputs, 2.0**-8, np.float32), "w_zero": np.zeros(outputs, np.int8),
+        "scale": np.float32(STEP), "zero": np.int8(0), "w_q": np.ascontiguousarray(held).astype(np.int8),
+        "w_scale": np.full(held.shape[axis], 2.0**-8, np.float32), "w_zero": np.zeros(held.shape[axis], np.int8),
     }  # fmt: skip
     nodes = [
         *pair("x", "scale"),
-        helper.make_node("DequantizeLinear", ["w_q", "w_scale", "w_zero"], ["w"], "weights", axis=0),
+        helper.make_node("DequantizeLinear", ["w_q", "w_scale", "w_zero"], ["w"], "weights", axis=axis),
         helper.make_node("Gemm", ["x_dq", "w"], ["y"], "gemm", transB=int(transposed)),
     ]
     return graph_of(nodes, {"x": [2, depth]}, {"y": [2, outputs]}, constants(values), opset=20)
 
 
-@pytest.mark.parametrize(("depth", "outputs"), [(40, 10), (1, 1), (512, 100), (7, 33)])
-def test_a_product_of_int8_is_exact(depth: int, outputs: int) -> None:
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("depth", "outputs"), [(40, 10), (1, 1), (512, 100), (7, 33), (20, 20)])
+def test_a_product_of_int8_is_exact(depth: int, outputs: int, transposed: bool) -> None:
     rng = np.random.default_rng(depth)
     steps, weight = rng.integers(-128, 128, (2, depth)), rng.integers(-127, 128, (outputs, depth))
-    graph = product_graph(depth, outputs, weight, transposed=True)
+    graph = product_graph(weight, transposed=transposed, axis=0 if transposed else 1)
     (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)})
     np.testing.assert_array_equal(got, ((steps @ weight.T) * STEP * 2.0**-8).astype(np.float32))
-    assert "int8" in operands_of(graph)
+    if outputs > 1:  # a single scale says nothing of which axis is whose
+        assert "int8" in operands_of(graph)
+
+
+def test_scales_of_input_channels_are_computed_in_float() -> None:
+    rng = np.random.default_rng(0)
+    steps, weight = rng.integers(-128, 128, (2, 20)), rng.integers(-127, 128, (20, 20))
+    graph = product_graph(weight, transposed=False, axis=0)
+    (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)})
+    np.testing.assert_array_equal(got, ((steps @ weight.T) * STEP * 2.0**-8).astype(np.float32))
+    assert "int8" not in operands_of(graph)
 
 
 def test_a_sum_that_int32_might_not_hold_stays_in_float() -> None:
     depth = MOST_PRODUCTS + 1
     steps, weight = np.full((2, depth), 127), np.full((3, depth), 127)
-    graph = product_graph(depth, 3, weight, transposed=True)
+    graph = product_graph(weight, transposed=True, axis=0)
     assert "int8" not in operands_of(graph)
     (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)})
     np.testing.assert_allclose(got, (steps @ weight.T) * STEP * 2.0**-8, rtol=1e-4)
@@ -386,3 +400,24 @@ def test_a_shuffle_of_channels_moves_int8_or_nothing(channels: int) -> None:
     want = next(iter(Reference(graph).run(feeds[0]).values()))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     assert not [name for name in kernels_of(graph) if "dequantize" in name]
+
+
+def test_products_of_pixels_whose_channels_are_last_are_int8() -> None:
+    """As in ConvNeXt: a depthwise layer, then products over the last axis."""
+    net = Net(1, 3, 8, 8, seed=4)
+    stem = net.node("Relu", [net.conv("x", 16, "stem")])
+    deep = net.node("Transpose", [net.conv(stem, 16, "deep", group=16)], "last_axis", perm=[0, 2, 3, 1])
+    rng = np.random.default_rng(5)
+    wide = net.node("MatMul", [deep, net.constant("up_w", rng.normal(0, 0.2, (16, 40)).astype(np.float32))], "up")
+    thin = net.constant("down_w", rng.normal(0, 0.2, (40, 16)).astype(np.float32))
+    down = net.node("MatMul", [net.node("Relu", [wide], "rectified"), thin], "down")
+    net.node("Transpose", [down], "first_axis", perm=[0, 3, 1, 2])
+    graph = with_shapes(net.graph())
+    plan = plan_for(graph, layers_of(graph))
+    assert len(plan.layers) == 4
+    feeds = feeds_of(images(4, shape=(3, 8, 8)))
+    graph = with_shapes(insert_qdq(graph, plan, scales_for(graph, plan, feeds)))
+    (got,) = run_graph(graph, feeds[0])
+    want = next(iter(Reference(graph).run(feeds[0]).values()))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert sum("conv2d_int8" in name for name in kernels_of(graph)) == 3

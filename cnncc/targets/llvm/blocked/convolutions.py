@@ -126,6 +126,8 @@ def _integers(context: Context, call: Any) -> tuple[NDArray[Any], NDArray[np.flo
     steps, weight = context.steps(call.args[0]), context.pairs.weights.get(call.args[1])
     if steps is None or weight is None or weight.integers[0].size > MOST_PRODUCTS:
         return None
+    if weight.swapped != (weight.integers.ndim == 2):  # its scales are those of input channels
+        return None
     scales = np.float64(steps.scale) * weight.scales.astype(np.float64)
     return weight.integers, scales.astype(np.float32)
 
@@ -219,19 +221,19 @@ def product(context: Context, call: Any, name: str | None) -> Value | None:
 def _product_of_steps(
     context: Context, call: Any, weight: NDArray[Any], scales: NDArray[np.float32], name: str | None
 ) -> Value | None:
-    """Return the product of rows of steps with a matrix: a convolution as large as the image that the rows were.
+    """Return the product of steps with a matrix: a convolution of pixels, or as large as the image that rows were.
 
-    None where the rows are those of an image, as of a sequence.
+    None where channels are not the last axis.
     """
     steps = context.steps(call.args[0])
-    if steps is None or steps.image is None or not (steps.flat or steps.image.order == "nc"):
+    if steps is None or steps.image is None or steps.grid or not (steps.flat or steps.image.order[-1] == "c"):
         return None
-    _, channels, *pixels = steps.image.dims
-    kernel = weight.reshape(weight.shape[0], channels, *pixels)
-    spec = Convolution(kernel, 1, (1, 1), (0, 0, 0, 0), (1, 1), (1, 1), scales=scales)
-    result = (steps.image.dims[0], weight.shape[0], 1, 1)
-    made = _convolve_steps(context, call.args[0], spec, result, name)
-    return Value(image=made.reordered("nc", name))
+    batch, channels, *pixels = steps.image.dims
+    kernel = weight.reshape(weight.shape[0], channels, *(pixels if steps.flat else (1, 1)))
+    output = (1, 1) if steps.flat else (pixels[0], pixels[1])
+    spec = Convolution(kernel, 1, (1, 1), (0, 0, 0, 0), (1, 1), output, scales=scales)
+    made = _convolve_steps(context, call.args[0], spec, (batch, weight.shape[0], *output), name)
+    return Value(image=made.reordered("nc", name) if steps.flat else made)
 
 
 def _product_of_rows(context: Context, image: Image, matrix: NDArray[Any], name: str | None) -> Value:

@@ -92,7 +92,7 @@ def find_pairs(bindings: Iterable[Any]) -> Pairs:
         elif _op(call) == "relax.dequantize" and (weight := _weight(call)) is not None:
             weights[var] = weight
         elif _op(call) == "relax.permute_dims" and call.args[0] in weights and _is_swap(call):
-            weights[var] = replace(weights[call.args[0]], swapped=True)
+            weights[var] = replace(weights[call.args[0]], swapped=not weights[call.args[0]].swapped)
     return Pairs(scales, weights)
 
 
@@ -127,12 +127,14 @@ def _weight(call: Any) -> Weight | None:
     values, scales, zeros = (_constant(arg) for arg in call.args)
     if values is None or scales is None or zeros is None or values.dtype != np.int8 or zeros.any():
         return None
-    channels = values.shape[0]
-    if (
-        scales.size > 1 and (int(call.attrs.axis) % values.ndim != 0 or scales.size != channels)
-    ) or values.min() < -127:
+    if values.min() < -127:
         return None
-    return Weight(values, np.broadcast_to(scales.reshape(-1), (channels,)).astype(np.float32))
+    axis = int(call.attrs.axis) % values.ndim
+    if scales.size == 1 or (axis == 0 and scales.size == values.shape[0]):
+        return Weight(values, np.broadcast_to(scales.reshape(-1), (values.shape[0],)).astype(np.float32))
+    if values.ndim == 2 and axis == 1 and scales.size == values.shape[1]:
+        return Weight(np.ascontiguousarray(values.T), scales.reshape(-1).astype(np.float32), swapped=True)
+    return None
 
 
 def _is_swap(call: Any) -> bool:
