@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from cnncc.graph.reference import Reference
 from cnncc.targets.base import Profile
 from cnncc.targets.devices import named, resolve_profile
 from cnncc.targets.llvm.blocked.geometry import blocked_shape
-from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, integer_conv2d
+from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, MOST_TAPS, integer_conv2d
 from cnncc.targets.llvm.machine import machine_of
 from cnncc.targets.llvm.rules import ConvShape, direct_plan
 from cnncc.targets.llvm.schedule.products import ZERO, dots_of
@@ -242,6 +243,16 @@ def test_a_sum_that_int32_might_not_hold_stays_in_float() -> None:
     assert "int8" not in operands_of(graph)
     (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)})
     np.testing.assert_allclose(got, (steps @ weight.T) * STEP * 2.0**-8, rtol=1e-4)
+
+
+def test_a_depthwise_sum_that_float32_might_not_hold_stays_in_float() -> None:
+    side = math.isqrt(MOST_TAPS) + 1
+    case = Case(1, 16, 1, 1, (side, side), (side, side), (1, 1), (0, 0, 0, 0), (1, 1), False, False, "none")
+    steps, weight = np.full((1, 16, side, side), 127), np.full((16, 1, side, side), 127)
+    graph = quantized_graph(case, weight, np.full(16, 2.0**-9, np.float32))
+    assert "int8" not in operands_of(graph)
+    (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)})
+    np.testing.assert_allclose(got, exact(case, steps, weight) * STEP * 2.0**-9, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 3e-3, 1e12, 1e30])

@@ -15,7 +15,7 @@ from cnncc.targets.llvm.blocked.convolution import FEW_CHANNELS, conv2d, whole_g
 from cnncc.targets.llvm.blocked.elements import shape_of
 from cnncc.targets.llvm.blocked.geometry import blocks_of, pack_channels
 from cnncc.targets.llvm.blocked.image import Dims, Image, Value, dims_of
-from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, integer_conv2d, offsets_of, rescaled
+from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, MOST_TAPS, integer_conv2d, offsets_of, rescaled
 from cnncc.targets.llvm.blocked.window import depthwise
 from cnncc.targets.llvm.blocked.winograd import winograd_conv2d
 from cnncc.targets.llvm.rules import ConvShape
@@ -127,6 +127,8 @@ def _integers(context: Context, call: Any) -> tuple[NDArray[Any], NDArray[np.flo
     if steps is None or weight is None or weight.integers[0].size > MOST_PRODUCTS:
         return None
     if weight.swapped != (weight.integers.ndim == 2):  # its scales are those of input channels
+        return None
+    if weight.integers.shape[1] == 1 and weight.integers[0].size > MOST_TAPS:  # depthwise sums are in float32
         return None
     scales = np.float64(steps.scale) * weight.scales.astype(np.float64)
     return weight.integers, scales.astype(np.float32)

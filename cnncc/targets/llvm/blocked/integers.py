@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tvm import ir, relax, te, tirx
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of, pack_channels
+from cnncc.targets.llvm.blocked.wants import variables
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan, direct_plan
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
 from cnncc.targets.llvm.schedule.conv2d import INTEGER_CONV2D
@@ -79,7 +80,7 @@ def find_pairs(bindings: Iterable[Any]) -> Pairs:
     calls = {binding.var: binding.value for binding in bindings if isinstance(binding.value, ir.Call)}
     readers: dict[Any, list[Any]] = {}
     for binding in bindings:
-        for read in _variables(binding.value):
+        for read in variables(binding.value):
             readers.setdefault(read, []).append(binding.var)
     scales: dict[Any, float] = {}
     weights: dict[Any, Weight] = {}
@@ -100,15 +101,6 @@ def _op(call: Any) -> str:
     return str(getattr(call.op, "name", ""))
 
 
-def _variables(expr: Any) -> list[Any]:
-    if isinstance(expr, relax.Var):
-        return [expr]
-    if isinstance(expr, relax.TupleGetItem):
-        return _variables(expr.tuple_value)
-    parts = expr.args if isinstance(expr, ir.Call) else expr.fields if isinstance(expr, relax.Tuple) else []
-    return [var for part in parts for var in _variables(part)]
-
-
 def _pairs_with(call: Any, scale: float) -> bool:
     return call is not None and _op(call) == "relax.dequantize" and _scale(call, "float32") == scale
 
@@ -127,7 +119,7 @@ def _weight(call: Any) -> Weight | None:
     values, scales, zeros = (_constant(arg) for arg in call.args)
     if values is None or scales is None or zeros is None or values.dtype != np.int8 or zeros.any():
         return None
-    if values.min() < -127:
+    if values.size == 0 or values.min() < -127:
         return None
     axis = int(call.attrs.axis) % values.ndim
     if scales.size == 1 or (axis == 0 and scales.size == values.shape[0]):
