@@ -136,7 +136,7 @@ def find_kernels(graph: OnnxGraph, entry: str) -> tuple[Kernel, ...]:
     for call in lowered.calls[entry]:
         calls.setdefault(str(call.kernel), []).append(tuple(call.nodes))
     return tuple(
-        Kernel(name, lowered.rules[name], _parameters(lowered.module[name]), tuple(nodes))
+        Kernel(name, lowered.kernels[name].rule, _parameters(lowered.module[name]), tuple(nodes))
         for name, nodes in calls.items()
     )
 
