@@ -89,7 +89,7 @@ def packed_shape(shape: ConvShape, plan: DirectPlan, machine: Machine) -> tuple[
 def definition(shape: ConvShape, plan: DirectPlan, machine: Machine) -> Any:
     """Return the operator as a sum over packed weights, for ``call_te``."""
     block, inner = machine.block, shape.lane_block(machine)
-    outputs, inputs = blocks_of(shape.outputs, block), blocks_of(shape.inputs, inner)
+    outputs = blocks_of(shape.outputs, block)
     result = (shape.batch, shape.groups * outputs, *shape.output, block)
     notes = {
         KERNEL: CONV2D,
@@ -98,19 +98,44 @@ def definition(shape: ConvShape, plan: DirectPlan, machine: Machine) -> Any:
     }
 
     def define(x: Any, w: Any) -> Any:
-        kb, ic = te.reduce_axis((0, inputs), "kb"), te.reduce_axis((0, inner), "ic")
-        kh, kw = (te.reduce_axis((0, size), name) for size, name in zip(shape.kernel, ("kh", "kw"), strict=True))
+        taps = taps_of(shape, inner)
+        kb, kh, kw, ic = taps
 
         def element(n: Any, ob: Any, oh: Any, ow: Any, lane: Any) -> Any:
             group, own = ob // outputs, ob % outputs
-            y = oh * shape.stride[0] + kh * shape.dilation[0] - shape.padding[0]
-            z = ow * shape.stride[1] + kw * shape.dilation[1] - shape.padding[1]
-            inside = tirx.all(y >= 0, y < shape.image[0], z >= 0, z < shape.image[1], kb * inner + ic < shape.inputs)
-            read = x(n, group * inputs + kb, y, z, ic) if shape.blocked else x(n, group * inputs + ic, y, z)
-            value = tirx.if_then_else(inside, read, tirx.const(0.0, "float32"))
+            value = under_tap(x, shape, inner, (n, group, oh, ow), taps, tirx.const(0.0, "float32"))
             weight = w(group, own // plan.panel, kb, kh, kw, ic, own % plan.panel * block + lane)
-            return te.sum(value * weight, axis=[kb, kh, kw, ic])
+            return te.sum(value * weight, axis=list(taps))
 
         return te.compute(result, element, name="conv2d", attrs=notes)
 
     return define
+
+
+def taps_of(shape: ConvShape, lanes: int) -> tuple[Any, Any, Any, Any]:
+    """Return what a convolution sums over: blocks of input channels, rows and columns of the kernel, lanes."""
+    sizes = (blocks_of(shape.inputs, lanes), *shape.kernel, lanes)
+    kb, kh, kw, ic = (
+        te.reduce_axis((0, size), name) for size, name in zip(sizes, ("kb", "kh", "kw", "ic"), strict=True)
+    )
+    return kb, kh, kw, ic
+
+
+def under_tap(x: Any, shape: ConvShape, lanes: int, place: tuple[Any, ...], taps: tuple[Any, ...], outside: Any) -> Any:
+    """Return the element that a tap sees from an output pixel, or what stands beyond the image and its channels.
+
+    Args:
+        x: Blocked, or ``[n, c, h, w]`` where the shape says so.
+        shape: The convolution.
+        lanes: Input channels of a block.
+        place: Image, group, row and column of the output.
+        taps: As of `taps_of`.
+        outside: What stands there.
+    """
+    (n, group, oh, ow), (kb, kh, kw, ic) = place, taps
+    y = oh * shape.stride[0] + kh * shape.dilation[0] - shape.padding[0]
+    z = ow * shape.stride[1] + kw * shape.dilation[1] - shape.padding[1]
+    inside = tirx.all(y >= 0, y < shape.image[0], z >= 0, z < shape.image[1], kb * lanes + ic < shape.inputs)
+    first = group * blocks_of(shape.inputs, lanes)
+    read = x(n, first + kb, y, z, ic) if shape.blocked else x(n, first + ic, y, z)
+    return tirx.if_then_else(inside, read, outside)

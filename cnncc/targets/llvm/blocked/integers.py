@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import ir, relax, te, tirx
 
+from cnncc.targets.llvm.blocked.convolution import taps_of, under_tap
 from cnncc.targets.llvm.blocked.geometry import blocks_of, pack_channels
 from cnncc.targets.llvm.blocked.wants import variables
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan, direct_plan
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
 from cnncc.targets.llvm.schedule.conv2d import INTEGER_CONV2D
-from cnncc.targets.llvm.schedule.products import ZERO, dots_of
-from cnncc.targets.llvm.schedule.window import as_float
+from cnncc.targets.llvm.schedule.products import ZERO, as_float, dots_of
 
 if TYPE_CHECKING:
     from cnncc.targets.llvm.machine import Machine
@@ -264,26 +264,23 @@ def _lanes(shape: ConvShape, machine: Machine) -> int:
 def _definition(shape: ConvShape, counted: ConvShape, plan: DirectPlan, machine: Machine) -> Any:
     """Return the operator as a sum over packed weights, for ``call_te``."""
     block, inner = machine.block, _lanes(shape, machine)
-    outputs, inputs = blocks_of(shape.outputs, block), blocks_of(shape.inputs, inner)
+    outputs = blocks_of(shape.outputs, block)
     result = (shape.batch, shape.groups * outputs, *shape.output, block)
     numbers = [*shape.stride, *shape.padding[:2], *shape.dilation, counted.inputs, int(shape.flat), *plan.numbers]
     dots = dots_of(machine)
     notes = {KERNEL: INTEGER_CONV2D, PARAMETERS: numbers, MEASURED: int(plan.measured)}
 
     def define(x: Any, w: Any) -> Any:
-        kb, ic = te.reduce_axis((0, inputs), "kb"), te.reduce_axis((0, inner), "ic")
-        kh, kw = (te.reduce_axis((0, size), name) for size, name in zip(shape.kernel, ("kh", "kw"), strict=True))
+        taps = taps_of(shape, inner)
+        kb, kh, kw, ic = taps
+        outside = tirx.const(ZERO[dots.steps], dots.steps)
 
         def element(n: Any, ob: Any, oh: Any, ow: Any, lane: Any) -> Any:
             group, own = ob // outputs, ob % outputs
-            y = oh * shape.stride[0] + kh * shape.dilation[0] - shape.padding[0]
-            z = ow * shape.stride[1] + kw * shape.dilation[1] - shape.padding[1]
-            inside = tirx.all(y >= 0, y < shape.image[0], z >= 0, z < shape.image[1], kb * inner + ic < shape.inputs)
-            read = x(n, group * inputs + kb, y, z, ic) if shape.blocked else x(n, group * inputs + ic, y, z)
-            value = tirx.if_then_else(inside, read, tirx.const(ZERO[dots.steps], dots.steps)).astype("int32")
+            value = under_tap(x, shape, inner, (n, group, oh, ow), taps, outside).astype("int32")
             element, place = ic // dots.channels, own % plan.panel * block + lane
             weight = w(group, own // plan.panel, kb, kh, kw, element, place, ic % dots.channels).astype("int32")
-            return te.sum(value * weight, axis=[kb, kh, kw, ic])
+            return te.sum(value * weight, axis=list(taps))
 
         return te.compute(result, element, name="conv2d_int8", attrs=notes)
 

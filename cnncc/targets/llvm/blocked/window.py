@@ -13,7 +13,8 @@ from cnncc.targets.llvm.blocked.geometry import pack_channels
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.rules import ConvShape, Sliding, WindowPlan, depthwise_plan, sliding_of, window_plan
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
-from cnncc.targets.llvm.schedule.window import GREATEST, SUM, WEIGHTED, WINDOW, as_float
+from cnncc.targets.llvm.schedule.products import as_float
+from cnncc.targets.llvm.schedule.window import GREATEST, SUM, WEIGHTED, WINDOW
 
 Define = Callable[..., Any]
 

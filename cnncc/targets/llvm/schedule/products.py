@@ -23,17 +23,21 @@ Weight = Callable[[Any], Any]
 """Place in a panel's row of weights → the element there."""
 
 
+def as_float(element: Any) -> Any:
+    """Return an element as float32; an integer is a step (`ZERO`)."""
+    zero = ZERO.get(str(element.ty.dtype))
+    if zero is None:
+        return element
+    whole = element.astype("int32")
+    return (whole - tirx.const(zero, "int32") if zero else whole).astype("float32")
+
+
 class Products(Protocol):
     """How sums are made."""
 
     @property
     def dtype(self) -> str:
         """Element type of the sums."""
-        ...
-
-    @property
-    def element(self) -> str:
-        """Element type of what is multiplied, as memory holds it."""
         ...
 
     @property
@@ -59,7 +63,6 @@ class FloatProducts:
     """Multiply-adds of float32."""
 
     dtype: str = "float32"
-    element: str = "float32"
 
     @property
     def blank(self) -> Any:
@@ -86,12 +89,10 @@ class Dots:
     Attributes:
         steps: Element type that holds steps, and weights but for their sign.
         dtype: Of the sums.
-        element: Of a few channels.
     """
 
     steps: str = "uint8"
     dtype: str = "int32"
-    element: str = "int32"
 
     @property
     def channels(self) -> int:

@@ -18,7 +18,7 @@ from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
-from cnncc.targets.llvm.schedule.products import ZERO
+from cnncc.targets.llvm.schedule.products import as_float
 
 WINDOW = "window"
 WEIGHTED, GREATEST, SUM = range(3)
@@ -91,15 +91,6 @@ class _Piece:
     start: int
     width: int
     count: int
-
-
-def as_float(element: Any) -> Any:
-    """Return an element as float32; an integer is a step (`products.ZERO`)."""
-    zero = ZERO.get(str(element.ty.dtype))
-    if zero is None:
-        return element
-    whole = element.astype("int32")
-    return (whole - tirx.const(zero, "int32") if zero else whole).astype("float32")
 
 
 Load = Callable[[Any, Any, Any], Any]
