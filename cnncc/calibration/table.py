@@ -123,8 +123,8 @@ class LayerRecord(Record, frozen=True):
         module: PyTorch module.
         op: ONNX operator.
         precision: ``int8`` or ``fp32``.
-        why: Why it is kept in fp32: ``asked``, ``budget``, or ``unsupported`` where targets have no int8 for it; empty
-            for int8.
+        why: Why it is kept in fp32: ``asked``, ``budget``, ``speed``, or ``unsupported`` where targets have no int8
+            for it; empty for int8.
         bias: float32[C] to add to its bias, little-endian, base64; empty for none.
     """
 

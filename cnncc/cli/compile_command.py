@@ -57,7 +57,7 @@ AUTO_DROP, AUTO_SQNR = 0.5, 20.0
     type=click.Choice(["fp32", "int8", "auto"]),
     default="fp32",
     show_default=True,
-    help="int8 is calibrated on --data, or made by --calib; auto keeps in float what costs accuracy.",
+    help="int8 is calibrated on --data, or made by --calib; auto keeps in float what costs accuracy or time.",
 )
 @click.option("--calib", type=click.Path(path_type=Path), help="A table of `cnncc calibrate`, instead of calibrating.")
 @click.option(
@@ -65,6 +65,9 @@ AUTO_DROP, AUTO_SQNR = 0.5, 20.0
     type=click.IntRange(0),
     metavar="LAYERS",
     help="Layers that are int8 in the model and may be computed in float.  [default: 0 with int8, any with auto]",
+)
+@click.option(
+    "--allow-slow", is_flag=True, help="Take int8 without comparing it with fp32; otherwise slower int8 is refused."
 )
 @calibration_options
 @click.option(
@@ -124,6 +127,7 @@ def command(
     precision: str,
     calib: Path | None,
     max_fallback: int | None,
+    allow_slow: bool,
     winograd: bool,
     direct: tuple[str, ...],
     winograd_growth: float | None,
@@ -155,8 +159,9 @@ def command(
     if not winograd and winograd_growth is not None:
         raise UsageError("--winograd-growth says nothing with --no-winograd", hint="leave one of them out")
     calibration = _calibration(precision, data, calib, preprocess, given)
-    if precision == FP32 and max_fallback is not None:
-        raise UsageError("--max-fallback says nothing with --precision fp32", hint="add --precision int8")
+    if precision == FP32 and (max_fallback is not None or allow_slow):
+        flag = "--allow-slow" if allow_slow else "--max-fallback"
+        raise UsageError(f"{flag} says nothing with --precision fp32", hint="add --precision int8")
     if precision == INT8 and max_fallback is None:
         max_fallback = 0
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
@@ -179,10 +184,11 @@ def command(
                 labels=read_labels(labels) if labels else (),
                 keep_failed=keep_failed,
                 reference=not no_reference,
-                precision=FP32 if precision == FP32 else INT8,
+                precision=precision,
                 calibration=calibration,
                 table=calib,
                 max_fallback=max_fallback,
+                allow_slow=allow_slow,
             )
         )
     results = compile_all(requests, cache=open_cache(cache_dir, render), reporter=render)

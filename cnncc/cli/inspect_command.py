@@ -14,6 +14,7 @@ from cnncc.cli.render import Render, size_text
 
 if TYPE_CHECKING:
     from cnncc.compiler.inspection import ModelSummary
+    from cnncc.compiler.payoff import Payoff
     from cnncc_runtime.bundle import Bundle
 
 
@@ -52,6 +53,10 @@ def command(
 
 
 def _bundle(render: Render, bundle: Bundle) -> None:
+    import msgspec
+
+    from cnncc.compiler.payoff import PAYOFF, Payoff
+
     manifest = bundle.manifest
     target = manifest.target
     render.table(
@@ -70,6 +75,8 @@ def _bundle(render: Render, bundle: Bundle) -> None:
             ["reproducible", "yes: same inputs, same bytes" if manifest.reproducible else "no"],
         ],
     )
+    if bundle.has(PAYOFF):
+        _payoff(render, msgspec.json.decode(bundle.file(PAYOFF).read_bytes(), type=Payoff))
     render.line()
     files = sorted(manifest.files.items())
     render.table(["file", "role", "size"], [[n, r.role, size_text(r.size)] for n, r in files], right=[2])
@@ -78,6 +85,21 @@ def _bundle(render: Render, bundle: Bundle) -> None:
         ["modules", "operators", "precision", "schedule", "kernel"],
         [[", ".join(k.modules), ", ".join(k.ops), k.precision, k.schedule, k.kernel] for k in manifest.layers],
     )
+
+
+def _payoff(render: Render, payoff: Payoff) -> None:
+    """Show why the engine has its precision: what int8 gains, as a whole and layer by layer."""
+    render.line()
+    render.line(f"{payoff.chosen} was taken: {payoff}")
+    if payoff.layers:
+        render.table(
+            ["layer", "fp32, ms", "int8, ms", "int8 / fp32"],
+            [
+                [layer.module, f"{layer.fp32 * 1e3:.3f}", f"{layer.int8 * 1e3:.3f}", f"{layer.int8 / layer.fp32:.2f}"]
+                for layer in payoff.layers
+            ],
+            right=[1, 2, 3],
+        )
 
 
 def _executed(bundle: Bundle) -> str:

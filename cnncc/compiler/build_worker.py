@@ -29,6 +29,7 @@ from cnncc.targets.base import (
     Measured,
     MeasureOptions,
     Measuring,
+    Predicting,
     Profile,
     Target,
 )
@@ -88,6 +89,24 @@ def measure_apart(target: str, graph: Path, options: MeasureOptions, workdir: Pa
         "note": options.note,
     }
     return msgspec.convert(_ask(request, workdir, hear), Measured)
+
+
+def predict_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) -> float:
+    """Return what `cnncc.targets.base.Predicting.predict` says, in a child process.
+
+    Args:
+        target: The target's name.
+        graph: The cleaned ONNX file.
+        options: As that takes them.
+        workdir: A folder that the child may write in.
+
+    Raises:
+        UnsupportedGraph: Lists every refused node.
+        TargetUnavailable: A compiler is missing.
+        BuildFailed: The toolchain broke or crashed.
+    """
+    request = {"task": "predict", **_request(target, graph, options, workdir)}
+    return float(_ask(request, workdir, {"progress": options.progress}))
 
 
 def _request(target: str, graph: Path, options: BuildOptions, workdir: Path) -> dict[str, Any]:
@@ -208,6 +227,9 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
         graph = load_trusted(Path(request["graph"]))
         if request["task"] == "build":
             send(answer=engine_to_plain(target.build(graph, options, Path(request["workdir"]))))
+        elif request["task"] == "predict":
+            assert isinstance(target, Predicting)
+            send(answer=target.predict(graph, options))
         else:
             send(answer=to_plain(_measure(target, graph, options, request["database"], send)))
     except CnnccError as exc:

@@ -217,6 +217,25 @@ class Measuring(Protocol):
         ...
 
 
+@runtime_checkable
+class Predicting(Protocol):
+    """A target that has a model of how long its kernels take."""
+
+    def predict(self, graph: OnnxGraph, options: BuildOptions) -> float:
+        """Return the predicted time of an inference, in a unit of the target's: good to compare graphs with.
+
+        Args:
+            graph: As `Target.build` takes it.
+            options: As `Target.build` takes them.
+
+        Raises:
+            UnsupportedGraph: Lists every refused node.
+            UsageError: As `Target.build`.
+            BuildFailed: The toolchain broke.
+        """
+        ...
+
+
 class Target(Protocol):
     """A backend. Instances hold a profile and nothing else."""
 

@@ -45,11 +45,13 @@ class TvmRuntime:
         load_library: ``(path, "so") -> Module``.
         from_dlpack: Array → tensor, without a copy.
         clear_pools: Gives memory that no session uses back to the system.
+        function: Makes a function that the runtime calls.
     """
 
     load_library: Callable[[str, str], Any]
     from_dlpack: Callable[[Any], Any]
     clear_pools: Callable[[], None]
+    function: Callable[[Callable[..., Any]], Any]
 
 
 def locate() -> Path | None:
@@ -99,6 +101,7 @@ def _load() -> TvmRuntime:
             load_library=tvm_ffi.get_global_func("ffi.Module.load_from_file.so"),
             from_dlpack=tvm_ffi.from_dlpack,
             clear_pools=tvm_ffi.get_global_func(_CLEAR_POOLS),
+            function=tvm_ffi.convert,
         )
     except ValueError as exc:
         raise TargetUnavailable(f"{_NAME} is not of TVM {_TVM}*: {exc}", hint=_INSTALL) from exc

@@ -103,7 +103,7 @@ def test_compile_to_int8_calibrates_proves_and_says_what_is_executed(
     digits: Digits, data: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "d8.cnncc"
-    flags = ("--precision", "int8", "--data", data, "--val", data, "--max-accuracy-drop", "5")
+    flags = ("--precision", "int8", "--data", data, "--val", data, "--max-accuracy-drop", "5", "--allow-slow")
     outcome = call("compile", *model(digits), *flags, "-o", bundle)
     assert "top-1 100.00 → " in outcome.stderr
     assert "in float32" not in outcome.stderr
@@ -137,15 +137,15 @@ def test_a_layer_that_falls_back_to_float_is_an_error_unless_it_is_allowed(tmp_p
     says = "llvm computes 1 of 1 int8 layers in float32"
     refused(*arguments, code=1, says=says, hint="--max-fallback 1 allows it")
     assert not bundle.exists()
-    outcome = call(*arguments, "--max-fallback", "1")
+    outcome = call(*arguments, "--max-fallback", "1", "--allow-slow")
     assert f"{says}: long (long)" in outcome.stderr
     assert "int8 asked, float32 executed" in call("inspect", bundle).stdout
-    call("compile", path, "--precision", "auto", "--data", data, "-o", bundle)
+    call("compile", path, "--precision", "auto", "--data", data, "--allow-slow", "-o", bundle)
 
 
 def test_compile_takes_a_table_that_was_made_before(digits: Digits, table: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "d8.cnncc"
-    outcome = call("compile", *model(digits), "--precision", "int8", "--calib", table, "-o", bundle)
+    outcome = call("compile", *model(digits), "--precision", "int8", "--calib", table, "--allow-slow", "-o", bundle)
     assert "calibrate" not in outcome.stderr
     assert read_bundle(bundle).file("calibration.json").read_bytes() == table.read_bytes()
 
@@ -153,7 +153,7 @@ def test_compile_takes_a_table_that_was_made_before(digits: Digits, table: Path,
 def test_auto_keeps_in_float_what_the_budget_needs(digits: Digits, data: Path, table: Path, tmp_path: Path) -> None:
     reached = read_table(table).sqnr_db
     assert reached is not None
-    flags = ("--precision", "auto", "--data", data, "--min-sqnr", f"{reached + 2:.2f}")
+    flags = ("--precision", "auto", "--data", data, "--min-sqnr", f"{reached + 2:.2f}", "--allow-slow")
     call("compile", *model(digits), *flags, "-o", tmp_path / "d.cnncc")
     found = read_table(read_bundle(tmp_path / "d.cnncc").file("calibration.json"))
     assert found.sqnr_db is not None
@@ -387,8 +387,9 @@ def test_a_wrong_flag_is_refused(
 
 def test_flags_of_int8_say_nothing_for_fp32(digits: Digits, data: Path, table: Path, tmp_path: Path) -> None:
     said = (("--method", "mse"), ("--no-shift",), ("--float-adds",), ("--skip-bad",))
-    fallback = ("--max-fallback", "1", "-o", tmp_path / "m.cnncc")
-    refused("compile", *model(digits), *fallback, code=2, says="--max-fallback says nothing with --precision fp32")
+    for flags in (("--max-fallback", "1"), ("--allow-slow",)):
+        arguments = ("compile", *model(digits), *flags, "-o", tmp_path / "m.cnncc")
+        refused(*arguments, code=2, says=f"{flags[0]} says nothing with --precision fp32")
     for flags in (("--keep", "features.*"), ("--min-sqnr", "30"), ("--val", data), ("--calib", table), *said):
         arguments = ("compile", *model(digits), "--data", data, *flags, "-o", tmp_path / "m.cnncc")
         refused(*arguments, code=2, says=f"{flags[0]} says nothing with --precision fp32")

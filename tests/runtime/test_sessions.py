@@ -69,6 +69,20 @@ def test_a_convolution_is_computed(bundle: Make) -> None:
     np.testing.assert_allclose(got["y"], conv_reference(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_profile_times_every_kernel_call_in_order(bundle: Make) -> None:
+    x = noise(1, 3, 16, 16)
+    with cnncc_runtime.open(bundle()) as session:
+        found = session.profile({"x": x}, 3)  # type: ignore[attr-defined]
+        assert found
+        assert [name for name, _ in found] == [name for name, _ in session.profile({"x": x}, 1)]  # type: ignore[attr-defined]
+        assert all(0 < seconds < 1 for _, seconds in found)
+        np.testing.assert_allclose(session.run({"x": x})["y"], conv_reference(x), rtol=1e-5, atol=1e-5)
+        with pytest.raises(DataRefused):
+            session.profile({"x": x[..., 1:]}, 1)  # type: ignore[attr-defined]
+    with pytest.raises(RunFailed, match="closed"):
+        session.profile({"x": x}, 1)  # type: ignore[attr-defined]
+
+
 def test_inputs_of_every_memory_layout_give_the_same(bundle: Make) -> None:
     x = noise(1, 3, 16, 16)
     aligned = aligned_empty(x.shape, x.dtype)

@@ -54,11 +54,23 @@ class Converter(Protocol):
         ...
 
 
+class Profiler(Protocol):
+    """What an adapter has besides if its engines can be timed kernel by kernel."""
+
+    def profile(self, runs: int) -> tuple[tuple[str, float], ...]:
+        """Return kernel calls in order of execution: the kernel's name, and the median of its seconds."""
+        ...
+
+
 class CnnccAdapter:
-    """A bundle, through the runtime alone, as on a device."""
+    """A bundle, through the runtime alone, as on a device.
+
+    Args:
+        options: ``unverified``, if anything, opens a bundle whose parity is pending.
+    """
 
     def __init__(self, options: dict[str, str]) -> None:
-        del options  # it has none
+        self._unverified = bool(options.get("unverified"))
         self._session: Any = None
         self._feeds: dict[str, Array] = {}
 
@@ -72,7 +84,8 @@ class CnnccAdapter:
         """Open the bundle."""
         import cnncc_runtime.session
 
-        self._session = cnncc_runtime.session.open(path, threads=threads).__enter__()
+        session = cnncc_runtime.session.open(path, threads=threads, allow_unverified=self._unverified)
+        self._session = session.__enter__()
 
     def bind(self, names: Sequence[str], feeds: Sequence[Array]) -> None:
         """Name the inputs as the bundle does."""
@@ -81,6 +94,10 @@ class CnnccAdapter:
     def run(self) -> Any:
         """Run the engine."""
         return self._session.run(self._feeds)
+
+    def profile(self, runs: int) -> tuple[tuple[str, float], ...]:
+        """Time the engine kernel by kernel."""
+        return self._session.profile(self._feeds, runs)  # type: ignore[no-any-return]
 
     def outputs(self) -> list[Array]:
         """Return the outputs in the manifest's order."""

@@ -60,6 +60,12 @@ class Save(msgspec.Struct, frozen=True, tag="save"):
     path: str
 
 
+class Profile(msgspec.Struct, frozen=True, tag="profile"):
+    """Run ``runs`` times with a clock around each kernel."""
+
+    runs: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Say how much memory was used, and end."""
 
@@ -102,6 +108,16 @@ class Timed(msgspec.Struct, frozen=True, tag="timed"):
     switches: int
 
 
+class Profiled(msgspec.Struct, frozen=True, tag="profiled"):
+    """Kernels were timed.
+
+    Attributes:
+        kernels: Calls in order of execution: the kernel's name, and its seconds.
+    """
+
+    kernels: tuple[tuple[str, float], ...]
+
+
 class Saved(msgspec.Struct, frozen=True, tag="saved"):
     """The outputs are written: ``count`` arrays."""
 
@@ -134,5 +150,5 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     hint: str = ""
 
 
-Command = Convert | Open | Warm | Measure | Save | Stop
-Reply = Converted | Opened | Timed | Saved | Stopped | Failed
+Command = Convert | Open | Warm | Measure | Profile | Save | Stop
+Reply = Converted | Opened | Timed | Profiled | Saved | Stopped | Failed

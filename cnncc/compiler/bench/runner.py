@@ -228,8 +228,7 @@ def _check(subjects: Sequence[Subject], feeds: Feeds, threads: int, rounds: int,
 
 def _measure(subjects: Sequence[Subject], course: _Course, tell: Progress, folder: Path) -> list[_Turns]:
     inputs = folder / "feeds.npz"
-    arrays = {str(n): np.ascontiguousarray(array) for n, array in enumerate(course.feeds.values())}
-    np.savez(inputs, **arrays)  # type: ignore[arg-type]
+    write_feeds(inputs, course.feeds)
     with contextlib.ExitStack() as stack:
         turns = []
         for number, subject in enumerate(subjects):
@@ -278,10 +277,21 @@ def _staying(turns: Sequence[_Turns], course: _Course) -> list[_Turns]:
     return staying
 
 
-def _open(subject: Subject, worker: WorkerProcess, inputs: Path, course: _Course, home: Path) -> _Turns:
+def write_feeds(path: Path, feeds: Feeds) -> None:
+    """Write inputs as a worker reads them."""
+    arrays = {str(n): np.ascontiguousarray(array) for n, array in enumerate(feeds.values())}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def open_engine(subject: Subject, threads: int, inputs: Path, feeds: Feeds) -> Open:
+    """Return the command that opens a subject's engine, with inputs that `write_feeds` wrote."""
     kind = find_kind(subject.kind)
-    path, names = str(subject.path.resolve()), tuple(course.feeds)
-    opened = worker.ask(Open(kind.adapter, kind.options, path, course.threads, str(inputs), names), Opened)
+    options = {**kind.options, **subject.options}
+    return Open(kind.adapter, options, str(subject.path.resolve()), threads, str(inputs), tuple(feeds))
+
+
+def _open(subject: Subject, worker: WorkerProcess, inputs: Path, course: _Course, home: Path) -> _Turns:
+    opened = worker.ask(open_engine(subject, course.threads, inputs, course.feeds), Opened)
     warm = worker.ask(Warm(WARM_UP_S), Timed)
     outputs = home / "outputs.npz"
     saved = worker.ask(Save(str(outputs)), Saved)

@@ -114,11 +114,13 @@ class Subject:
         name: How the report calls it; unique in a benchmark.
         kind: Key of `KINDS`.
         path: The bundle's folder, the ``.onnx`` file, the ``.pt2`` archive, or what a converter made of one.
+        options: Passed to the adapter beside those of the kind.
     """
 
     name: str
     kind: str
     path: Path
+    options: dict[str, str] = field(default_factory=dict)
 
 
 def peers() -> tuple[str, ...]:

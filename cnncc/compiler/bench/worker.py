@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 import numpy as np
 
-from cnncc.compiler.bench.adapters import Adapter, Converter
+from cnncc.compiler.bench.adapters import Adapter, Converter, Profiler
 from cnncc.compiler.bench.protocol import (
     Command,
     Convert,
@@ -28,6 +28,8 @@ from cnncc.compiler.bench.protocol import (
     Measure,
     Open,
     Opened,
+    Profile,
+    Profiled,
     Reply,
     Save,
     Saved,
@@ -64,6 +66,9 @@ class Worker:
             return self._warm(self._adapter, command.seconds)
         if isinstance(command, Measure):
             return self._measure(self._adapter, command)
+        if isinstance(command, Profile):
+            profiler: Profiler = self._adapter  # type: ignore[assignment]
+            return Profiled(profiler.profile(command.runs))
         if isinstance(command, Save):
             return self._save(self._adapter, command)
         return Stopped(_status_bytes("VmHWM"))

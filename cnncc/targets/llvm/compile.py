@@ -15,11 +15,12 @@ from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions, KernelOptions, Profile, Progress
 from cnncc.targets.llvm.blocked.methods import KernelPolicy
 from cnncc.targets.llvm.codegen import write_objects
+from cnncc.targets.llvm.expansions import Expansions
 from cnncc.targets.llvm.importer import import_graph
 from cnncc.targets.llvm.kernel_database import Conditions, KernelDatabase
 from cnncc.targets.llvm.layers import layer_records
 from cnncc.targets.llvm.machine import Machine, machine_of, target_options
-from cnncc.targets.llvm.pipeline import lower
+from cnncc.targets.llvm.pipeline import layout_passes, lower, run, simplify_passes
 from cnncc.targets.llvm.plans import MeasuredPlans, Plans
 from cnncc.targets.llvm.quiet import quiet
 from cnncc.targets.llvm.weights import Weights
@@ -62,7 +63,7 @@ def compile_graph(graphs: Mapping[str, OnnxGraph], options: BuildOptions, folder
     module = import_graphs(graphs, progress)
     target = tvm.target.Target(target_options(profile))
     machine = machine_of(profile)
-    plans = _plans(options.measured, profile, machine)
+    plans = plans_of(options.measured, profile, machine)
     with quiet():
         lowered = lower(module, policies, target, machine, progress, plans)
         progress("generate code", 0.0)
@@ -86,7 +87,26 @@ def import_graphs(graphs: Mapping[str, OnnxGraph], progress: Progress) -> Any:
     return tvm.IRModule(functions)
 
 
-def _plans(measured: str, profile: Profile, machine: Machine) -> Plans:
+def ask_plans(plans: Plans, graphs: Mapping[str, OnnxGraph], options: BuildOptions) -> None:
+    """Have every convolution of some graphs ask for its knobs, as a build would; nothing is compiled.
+
+    Args:
+        plans: Asked.
+        graphs: Entry → graph of static shapes.
+        options: The profile's CPU is named.
+
+    Raises:
+        UnsupportedGraph: Lists every refused node.
+        UsageError: A pattern of modules matches no convolution.
+    """
+    policies = {entry: policy(graph, options.kernels) for entry, graph in graphs.items()}
+    module = import_graphs(graphs, options.progress)
+    with quiet(), tvm.target.Target(target_options(options.profile)), tvm.transform.PassContext(opt_level=3):
+        run(run(module, simplify_passes()), layout_passes(plans, policies, Expansions()))
+
+
+def plans_of(measured: str, profile: Profile, machine: Machine) -> Plans:
+    """Return where kernels get their knobs: from a database's text, or from the rules where it is empty."""
     if not measured:
         return Plans(machine)
     database = KernelDatabase.parse(measured.encode(), "the measurements for this build")

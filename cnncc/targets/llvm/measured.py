@@ -20,8 +20,7 @@ import tvm
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import Measured, MeasureOptions
 from cnncc.targets.llvm.candidates import Candidate, candidates_of
-from cnncc.targets.llvm.compile import import_graphs, policy
-from cnncc.targets.llvm.expansions import Expansions
+from cnncc.targets.llvm.compile import ask_plans
 from cnncc.targets.llvm.kernel_database import (
     Conditions,
     KernelDatabase,
@@ -31,19 +30,16 @@ from cnncc.targets.llvm.kernel_database import (
     Timed,
 )
 from cnncc.targets.llvm.machine import Machine, machine_of, target_options
-from cnncc.targets.llvm.pipeline import layout_passes, run, simplify_passes
 from cnncc.targets.llvm.plans import MARGIN, MeasuredPlans, Plans, is_current
 from cnncc.targets.llvm.quiet import quiet
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan
 from cnncc.targets.llvm.timing import Contest, prepare, ratio_of
-from cnncc.targets.llvm.winograd_rules import WinogradPlan, direct_cycles, winograd_plans
+from cnncc.targets.llvm.winograd_rules import WinogradPlan, depthwise_cycles, direct_cycles, winograd_plans
 
 Layer = TypeVar("Layer")
 
 _CONTEST_S = 0.3
 """Seconds that the candidates of a convolution are timed, and the winners once more."""
-_DEPTHWISE = 4.0
-"""Time of a depthwise convolution against what its multiply-adds would take: it waits for memory."""
 
 
 @dataclass
@@ -110,12 +106,8 @@ def measure_kernels(graphs: Mapping[str, OnnxGraph], options: MeasureOptions) ->
 
 def find_layers(graphs: Mapping[str, OnnxGraph], options: MeasureOptions) -> Layers:
     """Return the convolutions of some graphs as the layout pass asks for them."""
-    profile = options.build.profile
-    recorder = _Recorder(machine_of(profile))
-    policies = {entry: policy(graph, options.build.kernels) for entry, graph in graphs.items()}
-    module = import_graphs(graphs, options.build.progress)
-    with quiet(), tvm.target.Target(target_options(profile)), tvm.transform.PassContext(opt_level=3):
-        run(run(module, simplify_passes()), layout_passes(recorder, policies, Expansions()))
+    recorder = _Recorder(machine_of(options.build.profile))
+    ask_plans(recorder, graphs, options.build)
     return recorder.layers
 
 
@@ -178,7 +170,7 @@ class _Work:
 def _predicted(shape: ConvShape, machine: Machine) -> float:
     """Return the predicted time of a convolution, in cycles."""
     if shape.depthwise:
-        return _DEPTHWISE * shape.macs / (2 * machine.lanes) / machine.cores
+        return depthwise_cycles(shape, machine)
     return min([direct_cycles(shape, machine), *(plan.cycles for plan in winograd_plans(shape, machine))])
 
 

@@ -47,6 +47,10 @@ class Plans:
         """Return the knobs of a direct convolution."""
         return direct_plan(shape, self.machine)
 
+    def integers(self, shape: ConvShape) -> DirectPlan:
+        """Return the knobs of a convolution of int8; ``inputs`` of its shape counts elements."""
+        return direct_plan(shape, self.machine)
+
     def depthwise(self, shape: ConvShape) -> WindowPlan:
         """Return the knobs of a depthwise convolution."""
         return depthwise_plan(shape, self.machine)

@@ -130,6 +130,24 @@ class LlvmTarget:
 
             return measure_kernels(graphs, replace(options, build=build))
 
+    def predict(self, graph: OnnxGraph, options: BuildOptions) -> float:
+        """Return the predicted cycles of a graph's convolutions; see `cnncc.targets.base.Predicting`.
+
+        Raises:
+            UnsupportedGraph: Lists every refused node.
+            TargetUnavailable: TVM is missing.
+            BuildFailed: TVM broke.
+            UsageError: The graph has symbolic dimensions but no batch sizes were given.
+        """
+        if problem := _import_problem():
+            raise TargetUnavailable(problem, hint="pip install cnncc")
+        build = replace(options, profile=named(options.profile))
+        graphs = _graphs(graph, _entries(graph, build.batches), build)
+        with _failures():
+            from cnncc.targets.llvm.predict import predict_cycles
+
+            return predict_cycles(graphs, build)
+
 
 def abi() -> str:
     """Return the version of the runtime interface that engines need: TVM's and its FFI's minor versions, and ours."""

@@ -43,6 +43,8 @@ _REGION = 1000.0
 """Cycles that it takes to share out a region and to wait for the last: a third of a microsecond."""
 _DIRECT = 0.88
 """Share of peak speed that the direct method reaches."""
+_DEPTHWISE = 4.0
+"""Time of a depthwise convolution against what its multiply-adds would take: it waits for memory."""
 _MARGIN = 0.93
 """Predicted time, against the direct method's, above which Winograd's is not taken."""
 _MOST = 512
@@ -156,6 +158,11 @@ def direct_cycles(shape: ConvShape, machine: Machine) -> float:
     weights = shape.groups * shape.outputs * shape.inputs * shape.taps * 4
     stream = weights / (_NEAR if weights <= machine.l2 // 2 else _FAR)
     return max(sums, stream) / machine.cores
+
+
+def depthwise_cycles(shape: ConvShape, machine: Machine) -> float:
+    """Return the time of a depthwise convolution."""
+    return _DEPTHWISE * shape.macs / (2 * machine.lanes) / machine.cores
 
 
 def choose_winograd(

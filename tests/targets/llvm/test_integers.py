@@ -25,6 +25,7 @@ from cnncc.targets.devices import named, resolve_profile
 from cnncc.targets.llvm.blocked.geometry import blocked_shape
 from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS, MOST_TAPS, integer_conv2d
 from cnncc.targets.llvm.machine import machine_of
+from cnncc.targets.llvm.plans import Plans
 from cnncc.targets.llvm.rules import ConvShape, direct_plan
 from cnncc.targets.llvm.schedule.products import ZERO, dots_of
 from tests.calibration.graphs import Net, feeds_of, images, scales_for
@@ -340,7 +341,7 @@ def test_int8_uses_the_instruction_of_its_set_and_spills_nothing(name: str, kern
     dots = dots_of(machine)
     text = kernel_assembly(
         profile, blocked_shape((1, 64, 28, 28), machine.block),
-        lambda builder, x, m: integer_conv2d(builder, x, weight, shape, m), dots.steps,
+        lambda builder, x, m: integer_conv2d(builder, x, weight, shape, Plans(m)), dots.steps,
     )  # fmt: skip
     plan = direct_plan(replace(shape, inputs=64 // dots.channels, together=dots.channels), machine)
     registers = plan.columns * plan.panel * (machine.block // machine.lanes)

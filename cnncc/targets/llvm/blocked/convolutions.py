@@ -155,7 +155,7 @@ def _convolve_steps(context: Context, data: Any, spec: Convolution, result: Dims
             operand, weight = _operand(context, steps.image, weight, groups)
         channels = (weight.shape[1], weight.shape[0] // groups)
         shape = _shape(spec, dims, channels, groups, blocked=steps.image is not None)
-        sums = integer_conv2d(builder, operand, weight, shape, context.machine)
+        sums = integer_conv2d(builder, operand, weight, shape, context.plans)
         offsets = offsets_of(weight, context.machine)
     made = rescaled(builder, context.emit(sums, name), scales, offsets)
     return context.result(made, result, steps.image.order if steps.image is not None else "nchw", name)

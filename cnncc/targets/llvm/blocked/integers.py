@@ -19,13 +19,14 @@ from tvm import ir, relax, te, tirx
 from cnncc.targets.llvm.blocked.convolution import taps_of, under_tap
 from cnncc.targets.llvm.blocked.geometry import blocks_of, pack_channels
 from cnncc.targets.llvm.blocked.wants import variables
-from cnncc.targets.llvm.rules import ConvShape, DirectPlan, direct_plan
+from cnncc.targets.llvm.rules import ConvShape, DirectPlan
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
 from cnncc.targets.llvm.schedule.conv2d import INTEGER_CONV2D
 from cnncc.targets.llvm.schedule.products import ZERO, as_float, dots_of
 
 if TYPE_CHECKING:
     from cnncc.targets.llvm.machine import Machine
+    from cnncc.targets.llvm.plans import Plans
 
 _LEAST, _MOST = -128.0, 127.0
 
@@ -212,7 +213,7 @@ def rescaled(builder: Any, sums: Any, scales: NDArray[np.float32], offsets: NDAr
 # ---- convolution
 
 
-def integer_conv2d(builder: Any, steps: Any, weight: NDArray[np.int8], shape: ConvShape, machine: Machine) -> Any:
+def integer_conv2d(builder: Any, steps: Any, weight: NDArray[np.int8], shape: ConvShape, plans: Plans) -> Any:
     """Return the call that convolves steps with weights; its sums count what stands for 0 too (`offsets_of`).
 
     Args:
@@ -220,14 +221,15 @@ def integer_conv2d(builder: Any, steps: Any, weight: NDArray[np.int8], shape: Co
         steps: Blocked, or ``[n, c, h, w]`` where the shape says so; padding counts as steps of 0.
         weight: int8 ``[groups · outputs, inputs, kh, kw]``.
         shape: The convolution, in channels.
-        machine: What the kernel is for.
+        plans: Knobs of kernels.
 
     Returns:
         A call of type int32 ``[n, ⌈c / b⌉, h, w, b]``.
     """
+    machine = plans.machine
     together = dots_of(machine).channels
     counted = replace(shape, inputs=blocks_of(shape.inputs, together), together=together)
-    plan = direct_plan(counted, machine)
+    plan = plans.integers(counted)
     packed = relax.const(pack_weights(weight, shape, plan, machine))
     define = _definition(shape, counted, plan, machine)
     return builder.call_te(define, steps, packed, primfunc_name_hint="conv2d_int8", primfunc_attrs=FUSES)

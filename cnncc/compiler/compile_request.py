@@ -1,0 +1,59 @@
+"""What `cnncc.compiler.pipeline.compile` is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cnncc.compiler.calibration import Calibration
+from cnncc.compiler.kernel_stage import Optimize
+from cnncc.compiler.model_reference import ModelRequest
+from cnncc.targets.base import KernelOptions, Profile
+from cnncc_runtime.preprocess import Preprocessing
+
+FP32, INT8, AUTO = "fp32", "int8", "auto"
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """What `compile` is asked for.
+
+    Attributes:
+        model: The MODEL argument with its weights and shapes.
+        profile: The device.
+        output: Where the bundle goes; an existing bundle is replaced, anything else is refused.
+        target: The target's name.
+        batches: Batch sizes to build for, where the model has a symbolic batch.
+        kernels: What the target's choice of kernels must heed.
+        optimize: How knobs of kernels are found.
+        data: DATA for real inputs in the parity check; empty for none.
+        samples: Real inputs at most.
+        preprocessing: Replaces the contract that stands beside the model.
+        labels: Replaces the class names that stand beside the model.
+        keep_failed: Keep a bundle whose parity failed, marked so.
+        reference: Store the cleaned ONNX in the bundle, for `verify` and `bench`.
+        precision: ``fp32``, ``int8`` by a calibration or its table, or ``auto``: int8 where it pays.
+        calibration: How to calibrate, for int8 without a table.
+        table: A calibration table made before.
+        max_fallback: Layers that are int8 in the graph and may be float in the engine; None for any number.
+        allow_slow: Whether int8 is taken unmeasured, whether it is faster than fp32 or not.
+    """
+
+    model: ModelRequest
+    profile: Profile
+    output: Path
+    target: str = "llvm"
+    batches: tuple[int, ...] = ()
+    kernels: KernelOptions = field(default_factory=KernelOptions)
+    optimize: Optimize = field(default_factory=Optimize)
+    data: str = ""
+    samples: int = 32
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] = ()
+    keep_failed: bool = False
+    reference: bool = True
+    precision: str = FP32
+    calibration: Calibration = field(default_factory=Calibration)
+    table: Path | None = None
+    max_fallback: int | None = None
+    allow_slow: bool = False

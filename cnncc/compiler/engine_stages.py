@@ -1,0 +1,531 @@
+"""From the cleaned graph to a proven bundle: quantize, build, audit, weigh int8 against fp32, verify."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cnncc.calibration.data import DataSet, load_data
+from cnncc.calibration.table import CalibrationTable, read_table
+from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain, predict_apart
+from cnncc.compiler.cache import Cache
+from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
+from cnncc.compiler.compile_request import AUTO, FP32, INT8, CompileRequest
+from cnncc.compiler.engine_process import EngineProcess
+from cnncc.compiler.graph_stages import CLEANED, EXPORTED, preprocessing_of, specs_of
+from cnncc.compiler.kernel_stage import KERNELS, kernel_stage
+from cnncc.compiler.keys import tools, versions
+from cnncc.compiler.payoff import MIXED, PAYOFF, THREADS, Payoff, interval_text, measure, predicted
+from cnncc.compiler.reporting import Reporter
+from cnncc.compiler.stage import Stage
+from cnncc.targets.base import BuildOptions, Engine, Target
+from cnncc.targets.devices import NATIVE
+from cnncc_runtime.bundle import (
+    GOLDEN,
+    MANIFEST,
+    PARITY,
+    REFERENCE,
+    SCHEMA,
+    LayerRecord,
+    Manifest,
+    to_plain,
+    write_bundle,
+)
+from cnncc_runtime.cpu import host_cpu
+from cnncc_runtime.digests import canonical_json, digest_json
+from cnncc_runtime.errors import BudgetExceeded, DataRefused, ParityFailed, UsageError
+from cnncc_runtime.preprocess import Preprocessing
+from cnncc_runtime.session import engine_mismatch
+from cnncc_runtime.specs import Feeds, Tensors
+
+if TYPE_CHECKING:
+    from cnncc.compiler.parity import ParityReport
+
+_SHOWN = 3
+"""Layers that a message names."""
+
+SAMPLES = 2
+"""Seeded random inputs that every engine is checked with, per batch size."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on its way to one target.
+
+    Attributes:
+        request: What was asked for.
+        target: The backend.
+        export: The stage that exported the model.
+        clean: The stage that cleaned its graph.
+        cache: Where stages are kept.
+        reporter: Told of stages and notes.
+    """
+
+    request: CompileRequest
+    target: Target
+    export: Stage
+    clean: Stage
+    cache: Cache
+    reporter: Reporter
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model in one precision.
+
+    Attributes:
+        precision: As the manifest calls it.
+        graph: The stage that made the graph: the cleaned one, or its Q/DQ form.
+        build: The stage that builds the engine.
+        table: By which it was quantized; None for fp32, and for models that came with Q/DQ.
+    """
+
+    precision: str
+    graph: Stage
+    build: Stage
+    table: CalibrationTable | None = None
+
+    @property
+    def reference(self) -> str:
+        """Digest of the calibration table, empty for none."""
+        return self.table.digest if self.table else ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes the bundle.
+
+    Attributes:
+        variant: The model in the precision that was chosen.
+        payoff: Why; None where nothing was compared.
+    """
+
+    variant: Variant
+    payoff: Payoff | None = None
+
+
+def quantized(job: Job) -> Variant:
+    """Return the model in the precision that was asked for; ``auto`` starts with all that may be int8.
+
+    Raises:
+        UsageError: The model carries Q/DQ already, or there is no data.
+        DataRefused: DATA or the calibration table was refused.
+        BudgetExceeded: No choice of layers meets the budget of accuracy.
+    """
+    from cnncc.graph.reader import load_trusted
+
+    request, clean = job.request, job.clean
+    if clean.value["quantized"]:
+        if request.precision != FP32:
+            raise UsageError(
+                "the model carries Q/DQ already, with scales of its own",
+                hint="leave --precision and --data out: its scales are respected; or give the float32 model",
+            )
+        job.reporter.note("the model carries Q/DQ: its own scales are used, and its speed is not compared with fp32")
+        tell_findings(load_trusted(clean.file(CLEANED)), (), (request.target,), job.reporter)
+        return Variant(INT8, clean, _build_stage(job, clean))
+    if request.precision == FP32:
+        return _fp32(job)
+    if request.table is not None:
+        table = read_table(request.table)
+        _check_preprocessing(table, request.preprocessing or preprocessing_of(job.export))
+        return _by_table(job, table)
+    return _by_table(job, table_of(_calibration(job, ()), job.reporter))
+
+
+def _fp32(job: Job) -> Variant:
+    return Variant(FP32, job.clean, _build_stage(job, job.clean))
+
+
+def _calibration(job: Job, floats: tuple[str, ...]) -> Stage:
+    """Return the stage that calibrates.
+
+    Args:
+        job: The job.
+        floats: Nodes that stay in float besides those that the user named.
+    """
+    calibration = job.request.calibration
+    calibration = replace(calibration, keep=(*calibration.keep, *map(escape, floats)))
+    return calibration_stage(job.export, job.clean, calibration, job.cache, job.reporter)
+
+
+def _by_table(job: Job, table: CalibrationTable) -> Variant:
+    graph = quantize_stage(job.export, job.clean, table, job.cache, job.reporter)
+    return Variant(INT8, graph, _build_stage(job, graph), table)
+
+
+def _check_preprocessing(table: CalibrationTable, wanted: Preprocessing | None) -> None:
+    """Refuse a table whose images came through another contract than the bundle's will.
+
+    Raises:
+        DataRefused: They differ.
+    """
+    used = table.data.preprocessing if table.data else None
+    if used is None or wanted is None or used == wanted:
+        return
+    pairs = zip(to_plain(used).items(), to_plain(wanted).values(), strict=True)
+    raise DataRefused(
+        "the table was calibrated with another preprocessing",
+        where=[f"{name}: {was}, now {now}" for (name, was), now in pairs if was != now],
+        hint="calibrate again with the --preprocess that the bundle gets, or leave --preprocess out",
+    )
+
+
+def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
+    """Return what determines an engine before anything was measured."""
+    request, target = job.request, job.target
+    return {
+        "graph": graph.value["graph"],
+        "target": target.name,
+        "profile": to_plain(target.profile),
+        "machine": host_cpu().model if target.profile.cpu == NATIVE else "",
+        "batches": request.batches,
+        "kernels": to_plain(request.kernels),
+        "tools": {**tools(), **target.toolchain()},
+    }
+
+
+def _options(job: Job, measured: str) -> BuildOptions:
+    return BuildOptions(job.target.profile, job.request.batches, job.request.kernels, measured, job.reporter.progress)
+
+
+def _measured(job: Job, graph: Stage) -> str:
+    """Return the measurements that the build is given, an empty text for none."""
+    optimize = job.request.optimize
+    if not optimize.wanted:
+        return ""
+    key = job.cache.key("kernels", level=optimize.level, **_for_target(job, graph))
+    stage = kernel_stage(key, graph, job.target, optimize, _options(job, ""), job.cache, job.reporter)
+    return stage.file(KERNELS).read_text(encoding="utf-8")
+
+
+def _build_stage(job: Job, graph: Stage) -> Stage:
+    measured = _measured(job, graph)
+    key = job.cache.key("build", measured=digest_json(measured), **_for_target(job, graph))
+    name = job.target.name
+
+    def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
+        engine = build_apart(name, graph.file(CLEANED), _options(job, measured), folder)
+        files = {name: path for name, (_role, path) in engine.files.items()}
+        size = sum(path.stat().st_size for path in files.values())
+        detail = f"{name} {engine.target.cpu}, {len(engine.layers)} kernels, {size / 1e6:.1f} MB"
+        return {"engine": engine_to_plain(engine)}, files, detail
+
+    return Stage("build", key, compute, job.cache, job.reporter)
+
+
+def check_fallback(job: Job, variant: Variant) -> None:
+    """Tell which layers of a quantized graph the engine computes in float, or refuse it.
+
+    Raises:
+        BudgetExceeded: They are more than may be.
+    """
+    if variant.precision == FP32:
+        return
+    from cnncc.compiler.audit import audit
+    from cnncc.graph.reader import load_trusted
+
+    request = job.request
+    layers = msgspec.convert(variant.build.value["engine"]["layers"], tuple[LayerRecord, ...])
+    found = audit(load_trusted(variant.graph.file(CLEANED)), layers)
+    if not found.fallbacks:
+        return
+    said = f"{request.target} computes {len(found.fallbacks)} of {found.quantized} int8 layers in float32"
+    if request.max_fallback is not None and len(found.fallbacks) > request.max_fallback:
+        raise BudgetExceeded(
+            said,
+            where=found.fallbacks[:_SHOWN],
+            hint=f"--max-fallback {len(found.fallbacks)} allows it; --keep MODULE leaves a layer in float on purpose",
+        )
+    more = ", …" if len(found.fallbacks) > _SHOWN else ""
+    job.reporter.note(f"{said}: {', '.join(found.fallbacks[:_SHOWN])}{more}")
+
+
+# ---- does int8 pay?
+
+
+def choose(job: Job, int8: Variant) -> Choice:
+    """Weigh a quantized model against its fp32 form: measured where this machine runs the target, else predicted.
+
+    ``auto`` takes the faster; layers that int8 slows down go back to float where the whole gains by it.
+
+    Raises:
+        BudgetExceeded: int8 was asked for and is slower.
+        RunFailed: An engine crashed while it was measured.
+    """
+    table = int8.table
+    if table is None or job.request.allow_slow or len(table.kept) == len(table.layers):
+        return Choice(int8)
+    variants = {INT8: int8, FP32: _fp32(job)}
+    payoff = _payoff(job, variants)
+    if job.request.precision == AUTO:
+        if payoff.slower and job.request.table is None:
+            variants[MIXED] = _mixed(job, frozenset(layer.node for layer in payoff.slower))
+            payoff = _payoff(job, variants)
+        _tell(job, payoff, variants[payoff.chosen])
+        return Choice(variants[payoff.chosen], payoff)
+    if payoff.chosen == FP32:
+        raise BudgetExceeded(
+            f"int8 is slower than fp32: {payoff}",
+            where=[f"{layer.module}: fp32 {layer.fp32 * 1e3:.3f} ms, int8 {layer.int8 * 1e3:.3f} ms"
+                   for layer in sorted(payoff.slower, key=lambda layer: layer.fp32 - layer.int8)[:_SHOWN]],
+            hint="--precision auto takes what is faster, layer by layer; --allow-slow takes int8 all the same: it is "
+            "smaller",
+        )  # fmt: skip
+    _tell(job, payoff, int8)
+    return Choice(int8, payoff)
+
+
+def _mixed(job: Job, floats: frozenset[str]) -> Variant:
+    """Return the model calibrated once more, with some nodes in float: biases, accuracy and all are of that model."""
+    table = read_table(_calibration(job, tuple(sorted(floats))).file(TABLE))  # its health was told of all layers
+    layers = tuple(
+        msgspec.structs.replace(layer, why="speed") if layer.node in floats else layer for layer in table.layers
+    )
+    return _by_table(job, msgspec.structs.replace(table, layers=layers))
+
+
+def _tell(job: Job, payoff: Payoff, taken: Variant) -> None:
+    """Tell what the user would not expect of the precision that was asked for."""
+    if payoff.chosen != INT8:
+        floats = f", with {len(taken.table.kept)} layers in float" if taken.table else ""
+        job.reporter.note(f"{payoff.chosen} is the fastest and was taken{floats}: {payoff}")
+        return
+    int8 = payoff.of(INT8)
+    if int8 is not None and int8.against is not None and int8.against.high >= 1:
+        job.reporter.note(f"int8 is no faster than fp32: {interval_text(int8.against)} of its time")
+
+
+def _payoff(job: Job, variants: dict[str, Variant]) -> Payoff:
+    profile = job.target.profile
+    engine = engine_from_plain(variants[INT8].build.value["engine"], Path())
+    here = engine_mismatch(engine.target) is None
+    key = job.cache.key(
+        "payoff",
+        builds=[[name, variant.build.key, variant.build.digests] for name, variant in sorted(variants.items())],
+        machine=host_cpu().model if here else "",
+        threads=THREADS,
+        tools=tools(),
+    )
+
+    def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
+        if here:
+            payoff = _measure(job, variants, folder)
+        else:
+            payoff = _predict(job, variants, f"{profile.name} ({engine.target.cpu})", folder)
+        (folder / PAYOFF).write_bytes(canonical_json(to_plain(payoff)))
+        return {"payoff": to_plain(payoff)}, {PAYOFF: folder / PAYOFF}, str(payoff)
+
+    stage = Stage("payoff", key, compute, job.cache, job.reporter)
+    return msgspec.convert(stage.value["payoff"], Payoff)
+
+
+def _measure(job: Job, variants: dict[str, Variant], folder: Path) -> Payoff:
+    from cnncc.graph.feeds import random_feeds
+    from cnncc.graph.names import module_path, node_label
+    from cnncc.graph.reader import load_trusted
+
+    inputs = _inputs(job)
+    bundles: dict[str, Path] = {}
+    for name, variant in variants.items():
+        bundles[name] = folder / name
+        _write_trial(job, variant, inputs, bundles[name])
+    specs = specs_of(job.export, "inputs")
+    feeds = random_feeds(specs, batch=next(iter(job.request.batches), 1))
+    modules = {node_label(node): module_path(node) for node in load_trusted(job.clean.file(CLEANED)).nodes}
+    return measure(bundles, feeds, modules, job.reporter.progress)
+
+
+def _predict(job: Job, variants: dict[str, Variant], machine: str, folder: Path) -> Payoff:
+    cycles = {
+        name: predict_apart(job.target.name, variant.graph.file(CLEANED), _options(job, ""), folder)
+        for name, variant in variants.items()
+    }
+    return predicted(cycles, machine)
+
+
+# ---- verify
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the user gave for the proof and the bundle, with the model's own as defaults."""
+
+    preprocessing: Preprocessing | None
+    labels: tuple[str, ...]
+    data: DataSet | None
+
+
+def _inputs(job: Job) -> _Inputs:
+    request, export = job.request, job.export
+    preprocessing = request.preprocessing or preprocessing_of(export)
+    labels = request.labels or tuple(export.value["labels"])
+    data = None
+    if request.data:
+        data = load_data(request.data, specs_of(export, "inputs"), preprocessing, limit=request.samples)
+    return _Inputs(preprocessing, labels, data)
+
+
+def verify_stage(job: Job, choice: Choice) -> Stage:
+    """Return the stage that proves an engine and makes its bundle.
+
+    Raises:
+        ParityFailed: The engine does not compute what the model computes.
+        DataRefused: DATA was refused.
+    """
+    inputs, request, variant = _inputs(job), job.request, choice.variant
+    payoff = to_plain(choice.payoff) if choice.payoff else None
+    key = job.cache.key(
+        "verify",
+        model=[job.export.key, job.export.value["graph"]],
+        build=[variant.build.key, variant.build.digests],
+        data=inputs.data.digest if inputs.data else "",
+        preprocessing=to_plain(inputs.preprocessing),
+        labels=inputs.labels,
+        options=[
+            request.reference,
+            request.keep_failed,
+            bundle_name(request.output),
+            variant.precision,
+            variant.reference,
+            payoff,
+        ],
+        tools=tools("torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi"),
+    )
+
+    def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
+        proof = _prove(job, variant, inputs, folder)
+        if proof.state == "failed" and not request.keep_failed:
+            raise ParityFailed(
+                "the engine does not compute what the model computes; no bundle was written",
+                where=proof.report.failures,
+                hint="`--keep-failed` keeps the bundle, marked as failed; then `cnncc verify --layers` finds the layer",
+            )
+        manifest = _manifest(job, variant, proof.engine, inputs, proof.state)
+        contents = folder / "bundle"
+        contents.mkdir()
+        files: dict[str, tuple[str, Path | bytes]] = {
+            **_engine_files(variant.build, proof.engine),
+            PARITY: ("report", canonical_json(to_plain(proof.report))),
+            GOLDEN: ("golden", proof.golden),
+        }
+        if request.reference:
+            files[REFERENCE] = ("reference", variant.graph.file(CLEANED))
+        if variant.table is not None:
+            files[TABLE] = ("report", variant.table.to_bytes())
+        if payoff is not None:
+            files[PAYOFF] = ("report", canonical_json(payoff))
+        bundle = write_bundle(contents, manifest, files)
+        value = {"state": proof.state, "manifest": bundle.digest, "failures": list(proof.report.failures)}
+        names = (MANIFEST, *bundle.manifest.files)
+        return value, {name: contents / name for name in names}, _summary(proof)
+
+    return Stage("verify", key, compute, job.cache, job.reporter)
+
+
+def _engine_files(build: Stage, engine: Engine) -> dict[str, tuple[str, Path]]:
+    return {name: (role, build.file(name)) for name, role in engine.record.roles.items()}
+
+
+def _write_trial(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> Engine:
+    """Write a bundle whose parity is pending: an engine runs out of it by the very path of a device."""
+    engine = engine_from_plain(variant.build.value["engine"], folder)
+    folder.mkdir()
+    write_bundle(folder, _manifest(job, variant, engine, inputs, "pending"), _engine_files(variant.build, engine))
+    return engine
+
+
+@dataclass(frozen=True)
+class _Proof:
+    engine: Engine
+    report: ParityReport
+    golden: bytes
+    state: str
+
+
+def _prove(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> _Proof:
+    """Run the engine, in a process of its own, and its references on the same samples."""
+    from cnncc.compiler.verify import random_samples, verify_engine
+    from cnncc.graph.reader import load_trusted
+
+    trial = folder / "trial.cnncc"
+    engine = _write_trial(job, variant, inputs, trial)
+    feeds, names = random_samples(specs_of(job.export, "inputs"), batches=job.request.batches, count=SAMPLES)
+    if inputs.data is not None:
+        feeds += [sample.feeds for sample in inputs.data.samples]
+        names += [sample.name for sample in inputs.data.samples]
+    mismatch = engine_mismatch(engine.target)
+    if mismatch is not None:
+        job.reporter.note(f"{mismatch.message}: parity is pending until `cnncc verify` runs on the device")
+    cleaned = functools.partial(load_trusted, variant.graph.file(CLEANED))
+    # a quantized engine is to compute what the Q/DQ graph says; how far that is from the model, calibration measured
+    exported = cleaned if variant.table else functools.partial(load_trusted, job.export.file(EXPORTED))
+    with EngineProcess(trial) if mismatch is None else nullcontext() as process:
+        found = verify_engine(
+            exported=exported,
+            cleaned=cleaned,
+            torch_run=None if variant.table else _torch_run(job.export),
+            engine_run=process.run if process else None,
+            samples=feeds,
+            sample_names=names,
+        )
+    state = "failed" if not found.report.passed else "passed" if process else "pending"
+    return _Proof(engine, found.report, found.golden, state)
+
+
+def _summary(proof: _Proof) -> str:
+    engine = proof.report.subject("engine")
+    if engine is None:
+        return f"parity {proof.state}"
+    errors = [output.rel_l2 for output in engine.outputs if output.rel_l2 is not None]
+    agreed = [output.top1_agreement for output in engine.outputs if output.top1_agreement is not None]
+    parts = [f"parity {proof.state} on {len(proof.report.samples)} samples"]
+    parts += [f"relative error {max(errors):.1e}"] if errors else []
+    parts += [f"top-1 agreement {min(agreed):.1%}"] if agreed else []
+    return ", ".join(parts)
+
+
+def _torch_run(export: Stage) -> Callable[[Feeds], Tensors] | None:
+    if "program.pt2" not in export.digests:
+        return None
+    from cnncc.compiler.torch_run import program_runner
+
+    return program_runner(export.file("program.pt2"), [spec.name for spec in specs_of(export, "outputs")])
+
+
+def _manifest(job: Job, variant: Variant, engine: Engine, inputs: _Inputs, parity: str) -> Manifest:
+    export, request = job.export, job.request
+    value = export.value
+    model = {"source": value["source"], "digest": value["digest"], "graph": value["graph"]}
+    if "program.pt2" in export.digests:
+        model["program"] = export.digests["program.pt2"]
+    return Manifest(
+        schema=SCHEMA,
+        name=bundle_name(request.output),
+        model=model,
+        target=engine.target,
+        engine=engine.record,
+        inputs=specs_of(export, "inputs"),
+        outputs=specs_of(export, "outputs"),
+        batches=request.batches,
+        preprocessing=inputs.preprocessing,
+        labels=inputs.labels,
+        precision=variant.precision,
+        layers=engine.layers,
+        parity=parity,
+        toolchain={**versions("torch", "onnx", "onnxruntime"), **engine.toolchain},
+        reproducible=engine.reproducible,
+        files={},
+    )
+
+
+def bundle_name(output: Path) -> str:
+    """Return the name a bundle gets from its folder: ``digits.cnncc`` → ``digits``."""
+    return output.name.removesuffix(".cnncc")
