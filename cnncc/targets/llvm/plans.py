@@ -18,6 +18,7 @@ from cnncc.targets.llvm.knobs import (
 )
 from cnncc.targets.llvm.machine import Machine
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan, depthwise_plan, direct_plan
+from cnncc.targets.llvm.schedule.products import Dots
 from cnncc.targets.llvm.winograd_rules import (
     WinogradPlan,
     added_bytes,
@@ -47,8 +48,8 @@ class Plans:
         """Return the knobs of a direct convolution."""
         return direct_plan(shape, self.machine)
 
-    def integers(self, shape: ConvShape) -> DirectPlan:
-        """Return the knobs of a convolution of int8; ``inputs`` of its shape counts elements."""
+    def integers(self, shape: ConvShape, _dots: Dots) -> DirectPlan:
+        """Return the knobs of a convolution of int8; ``inputs`` of its shape counts elements of some dots."""
         return direct_plan(shape, self.machine)
 
     def depthwise(self, shape: ConvShape) -> WindowPlan:

@@ -15,7 +15,7 @@ from cnncc.targets.llvm.compile import ask_plans, plans_of
 from cnncc.targets.llvm.machine import machine_of
 from cnncc.targets.llvm.plans import Plans
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan
-from cnncc.targets.llvm.schedule.products import dots_of
+from cnncc.targets.llvm.schedule.products import Dots
 from cnncc.targets.llvm.winograd_rules import WinogradPlan, depthwise_cycles, direct_cycles
 
 Layer = TypeVar("Layer")
@@ -49,9 +49,9 @@ class _Tally(Plans):
         self.cycles += direct_cycles(shape, self.machine)
         return self._plans.direct(shape)
 
-    def integers(self, shape: ConvShape) -> DirectPlan:
-        self.cycles += dots_of(self.machine).instructions * direct_cycles(shape, self.machine)
-        return self._plans.integers(shape)
+    def integers(self, shape: ConvShape, dots: Dots) -> DirectPlan:
+        self.cycles += dots.instructions * direct_cycles(shape, self.machine)
+        return self._plans.integers(shape, dots)
 
     def depthwise(self, shape: ConvShape) -> WindowPlan:
         self.cycles += depthwise_cycles(shape, self.machine)

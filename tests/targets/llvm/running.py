@@ -85,6 +85,14 @@ def operands_of(graph: OnnxGraph, profile: Profile | None = None) -> set[str]:
     return {kernel.operand for kernel in lowered.kernels.values()}
 
 
+def tensors_of(graph: OnnxGraph, profile: Profile | None = None) -> dict[str, list[str]]:
+    """Return kernel → element types of the tensors that it takes."""
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        lowered, _ = _lowered(graph, profile)
+    return {name: [str(buffer.dtype) for buffer in lowered.module[name].params] for name in lowered.kernels}
+
+
 def kernels_of(graph: OnnxGraph, profile: Profile | None = None) -> list[str]:
     """Return the kernels of a graph in order of execution."""
     with warnings.catch_warnings(), quiet():

@@ -31,7 +31,7 @@ from cnncc.targets.llvm.schedule.products import ZERO, dots_of
 from tests.calibration.graphs import Net, feeds_of, images, scales_for
 from tests.targets.conformance import graph_of
 from tests.targets.llvm.assembly import inner_loops, kernel_assembly
-from tests.targets.llvm.running import kernels_of, operands_of, run_graph
+from tests.targets.llvm.running import kernels_of, operands_of, run_graph, tensors_of
 from tests.targets.llvm.test_convolutions import Case, cases
 
 X86 = ("x86-64", "x86-64-v3", "x86-64-v4")
@@ -73,21 +73,32 @@ def constants(values: Mapping[str, Any]) -> list[TensorProto]:
     return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
 
 
-def quantized_graph(case: Case, weight: NDArray[np.int64], scales: NDArray[np.float32]) -> OnnxGraph:
-    """Return Q/DQ → convolution → residual → ReLU → Q/DQ, whose output is the last dequantized tensor."""
+def quantized_graph(
+    case: Case, weight: NDArray[np.int64], scales: NDArray[np.float32], *, rectified: bool = False
+) -> OnnxGraph:
+    """Return Q/DQ → convolution → residual → ReLU → Q/DQ, whose output is the last dequantized tensor.
+
+    Args:
+        case: The convolution.
+        weight: int8 in wide integers.
+        scales: Of the output channels.
+        rectified: Whether the input passes through a ReLU first, as kernels for steps that are never negative want.
+    """
     outputs = case.groups * case.outputs
     values: dict[str, Any] = {
         "scale": np.float32(STEP), "zero": np.int8(0), "end": np.float32(1.0), "w_q": weight.astype(np.int8),
         "w_scale": scales, "w_zero": np.zeros(outputs, np.int8),
     }  # fmt: skip
-    operands = ["x_dq", "w"]
+    read = "x_relu" if rectified else "x"
+    operands = [f"{read}_dq", "w"]
     if case.bias:
         values["bias"] = np.arange(outputs, dtype=np.float32) - 3
         operands.append("bias")
     result = [case.batch, outputs, *out_of(case)]
     inputs: dict[str, Any] = {"x": [case.batch, case.groups * case.inputs, *case.image]}
     nodes = [
-        *pair("x", "scale"),
+        *([helper.make_node("Relu", ["x"], ["x_relu"], "before")] if rectified else []),
+        *pair(read, "scale"),
         helper.make_node("DequantizeLinear", ["w_q", "w_scale", "w_zero"], ["w"], "weights", axis=0),
         helper.make_node("Conv", operands, ["c"], "conv", group=case.groups, kernel_shape=case.kernel,
                          strides=case.stride, pads=case.padding, dilations=case.dilation),
@@ -127,15 +138,16 @@ def exact(case: Case, steps: NDArray[np.int64], weight: NDArray[np.int64]) -> ND
     return found.numpy().astype(np.int64)
 
 
-def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int) -> None:
+def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int, *, rectified: bool = False) -> None:
     """Compare an engine with integer arithmetic, bit for bit."""
     rng = np.random.default_rng(seed)
     outputs = case.groups * case.outputs
     steps = steps_of(of_steps, (case.batch, case.groups * case.inputs, *case.image), -128, rng)
     weight = steps_of(of_weights, (outputs, case.inputs, *case.kernel), -127, rng)
     scales = np.float32(2.0) ** rng.integers(-12, -6, outputs).astype(np.float32)
-    graph = quantized_graph(case, weight, scales)
+    graph = quantized_graph(case, weight, scales, rectified=rectified)
     feeds = {"x": (steps * STEP).astype(np.float32)}
+    steps = np.maximum(steps, 0) if rectified else steps
     want = exact(case, steps, weight) * (STEP * scales.astype(np.float64)).reshape(-1, 1, 1)
     if case.bias:
         want = want + (np.arange(outputs) - 3.0).reshape(-1, 1, 1)
@@ -161,19 +173,26 @@ def integer_cases(draw: Any) -> Case:
 
 
 @pytest.mark.parametrize("cpu", [None, *X86])
-@given(case=integer_cases(), steps=EXTREMES, weights=EXTREMES, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=10, deadline=None)
-def test_a_convolution_of_int8_is_exact(cpu: str | None, case: Case, steps: str, weights: str, seed: int) -> None:
+@given(case=integer_cases(), steps=EXTREMES, weights=EXTREMES, rectified=st.booleans(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=12, deadline=None)
+def test_a_convolution_of_int8_is_exact(
+    cpu: str | None, case: Case, steps: str, weights: str, rectified: bool, seed: int
+) -> None:
     if not runs_here(cpu):
         pytest.skip(f"this machine does not run {cpu}")
-    check(case, cpu, steps, weights, seed)
+    check(case, cpu, steps, weights, seed, rectified=rectified)
 
 
 @pytest.mark.slow
-@given(case=integer_cases(), steps=EXTREMES, weights=EXTREMES, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
-def test_many_convolutions_of_int8_are_exact(case: Case, steps: str, weights: str, seed: int) -> None:
-    check(case, None, steps, weights, seed)
+@pytest.mark.parametrize("cpu", [None, "x86-64-v3"])
+@given(case=integer_cases(), steps=EXTREMES, weights=EXTREMES, rectified=st.booleans(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_many_convolutions_of_int8_are_exact(
+    cpu: str | None, case: Case, steps: str, weights: str, rectified: bool, seed: int
+) -> None:
+    if not runs_here(cpu):
+        pytest.skip(f"this machine does not run {cpu}")
+    check(case, cpu, steps, weights, seed, rectified=rectified)
 
 
 LARGE = Case(1, 1, 512, 40, (6, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "none")
@@ -195,6 +214,64 @@ def test_the_largest_sums_are_exact_to_the_last_bit(cpu: str | None, of_steps: s
     sums = exact(LARGE, steps, weight)
     assert np.abs(sums).max() > 2**24
     np.testing.assert_array_equal(got, sums.astype(np.float32) * np.float32(STEP * 2.0**-9))
+
+
+@pytest.mark.parametrize("cpu", [None, *X86])
+@pytest.mark.parametrize("of_weights", ["largest", "smallest", "opposite"])
+def test_pairs_of_the_largest_products_of_positive_steps_do_not_saturate(cpu: str | None, of_weights: str) -> None:
+    """2 · 127 · 127 is what `pmaddubsw` has to hold in int16 at most."""
+    if not runs_here(cpu):
+        pytest.skip(f"this machine does not run {cpu}")
+    check(replace(LARGE, inputs=64), cpu, "largest", of_weights, 0, rectified=True)
+
+
+def test_a_nan_before_positive_steps_is_a_step_of_zero_to_127() -> None:
+    case = Case(1, 1, 8, 8, (4, 4), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), False, False, "none")
+    graph = quantized_graph(case, np.full((8, 8, 1, 1), 127), np.full(8, 2.0**-9, np.float32), rectified=True)
+    x = np.ones((1, 8, 4, 4), np.float32)
+    x[0, :, 1, 2] = np.nan
+    (got,) = run_graph(graph, {"x": x}, profile_of("x86-64-v3") if runs_here("x86-64-v3") else None)
+    one = 32 * 127 * 8 * STEP * 2.0**-9
+    assert got[0, 0, 0, 0] == one
+    assert 0 <= got[0, 0, 1, 2] <= one / 32 * 127
+
+
+POSITIVE = {
+    "relu": ([helper.make_node("Relu", ["x"], ["a"])], True),
+    "relu6": ([helper.make_node("Clip", ["x", "low", "high"], ["a"])], True),
+    "a clip from below 0": ([helper.make_node("Clip", ["x", "minus", "high"], ["a"])], False),
+    "a pool of a relu": (
+        [helper.make_node("Relu", ["x"], ["r"]),
+         helper.make_node("MaxPool", ["r"], ["a"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])], True,
+    ),
+    "a relu, shifted": ([helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Sub", ["r", "high"], ["a"])], False),
+    "a sum of relus": ([helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Add", ["r", "r"], ["a"])], True),
+    "a relu and a number below 0": (
+        [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Add", ["r", "minus"], ["a"])], False,
+    ),
+    "a convolution": ([helper.make_node("Identity", ["x"], ["a"])], False),
+}  # fmt: skip
+"""Name → what lies before the first quantized tensor, and whether that is never negative."""
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_tensors_that_are_never_negative_are_told_from_those_that_may_be(name: str) -> None:
+    before, positive = POSITIVE[name]
+    values = {
+        "scale": np.float32(STEP), "zero": np.int8(0), "w_q": np.ones((8, 8, 1, 1), np.int8),
+        "w_scale": np.ones(8, np.float32), "w_zero": np.zeros(8, np.int8), "low": np.float32(0),
+        "high": np.float32(6), "minus": np.float32(-1),
+    }  # fmt: skip
+    nodes = [
+        *before,
+        *pair("a", "scale"),
+        helper.make_node("DequantizeLinear", ["w_q", "w_scale", "w_zero"], ["w"], "weights", axis=0),
+        helper.make_node("Conv", ["a_dq", "w"], ["y"], "conv"),
+    ]
+    graph = graph_of(nodes, {"x": [1, 8, 6, 6]}, {"y": [1, 8, 6, 6]}, constants(values), opset=20)
+    found = tensors_of(graph, named(resolve_profile(mtriple="x86_64-linux-gnu", mcpu="x86-64-v3")))
+    [held] = [types[0] for name, types in found.items() if "conv2d_int8" in name]
+    assert held == ("int8" if positive else "int16")
 
 
 # ---- products, pools, scales
@@ -324,7 +401,9 @@ INSTRUCTIONS = {
     "AVX-512 VNNI": ("x86_64-linux-gnu", "znver4", r"vpdpbusd"),
     "AVX-VNNI": ("x86_64-linux-gnu", "alderlake", r"vpdpbusd"),
     "AVX-512": ("x86_64-linux-gnu", "x86-64-v4", r"vpmaddwd\s+.*%zmm"),
+    "AVX-512, positive": ("x86_64-linux-gnu", "x86-64-v4", r"vpmaddubsw\s+.*%zmm"),
     "AVX2": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddwd\s+.*%ymm"),
+    "AVX2, positive": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddubsw\s+.*%ymm"),
     "dotprod": ("aarch64-linux-gnu", "cortex-a76", r"\bsdot\b"),
 }
 """Name → triple, CPU and the instruction that its products are made of."""
@@ -338,7 +417,7 @@ def test_int8_uses_the_instruction_of_its_set_and_spills_nothing(name: str, kern
     machine = machine_of(profile)
     shape = ConvShape(1, 1, 64, 64, (28, 28), (kernel, kernel), (1, 1), (kernel // 2,) * 4, (1, 1), (28, 28))
     weight = np.ones((64, 64, kernel, kernel), np.int8)
-    dots = dots_of(machine)
+    dots = dots_of(machine, positive=name.endswith("positive"))
     text = kernel_assembly(
         profile, blocked_shape((1, 64, 28, 28), machine.block),
         lambda builder, x, m: integer_conv2d(builder, x, weight, shape, Plans(m)), dots.steps,

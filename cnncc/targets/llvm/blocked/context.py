@@ -103,10 +103,15 @@ class Context:
             self._moving = False
 
     def common_scale(self, exprs: Iterable[Any]) -> float | None:
-        """Return the scale that dequantized tensors share; None where one is no blocked tensor of steps."""
+        """Return the scale that dequantized tensors share; None where one is no blocked tensor of steps.
+
+        None also where they are held as different element types.
+        """
         found = [self.steps(expr) for expr in exprs]
-        held = [steps.scale for steps in found if steps is not None and steps.image is not None]
-        return held[0] if len(held) == len(found) and len(set(held)) == 1 else None
+        images = [steps.image for steps in found if steps is not None and steps.image is not None]
+        scales = {steps.scale for steps in found if steps is not None}
+        held = {str(source.ty.dtype) for image in images for source, _ in image.channels.sources}
+        return scales.pop() if len(images) == len(found) and len(scales) == len(held) == 1 else None
 
     def blocked_steps(self, steps: Steps, dims: Dims, name: str | None) -> Steps:
         """Return plain steps blocked."""

@@ -150,13 +150,13 @@ def _convolve_steps(context: Context, data: Any, spec: Convolution, result: Dims
         offsets = None
     else:
         weight, groups = whole_groups(spec.weight, spec.groups, block)
-        operand = steps.plain
+        operand: Any = steps.plain
         if steps.image is not None:
             operand, weight = _operand(context, steps.image, weight, groups)
         channels = (weight.shape[1], weight.shape[0] // groups)
         shape = _shape(spec, dims, channels, groups, blocked=steps.image is not None)
         sums = integer_conv2d(builder, operand, weight, shape, context.plans)
-        offsets = offsets_of(weight, context.machine)
+        offsets = offsets_of(weight, str(operand.ty.dtype), context.machine)
     made = rescaled(builder, context.emit(sums, name), scales, offsets)
     return context.result(made, result, steps.image.order if steps.image is not None else "nchw", name)
 

@@ -22,13 +22,23 @@ from cnncc.targets.llvm.blocked.wants import variables
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
 from cnncc.targets.llvm.schedule.conv2d import INTEGER_CONV2D
-from cnncc.targets.llvm.schedule.products import ZERO, as_float, dots_of
+from cnncc.targets.llvm.schedule.products import ZERO, Dots, as_float, dots_for
 
 if TYPE_CHECKING:
     from cnncc.targets.llvm.machine import Machine
     from cnncc.targets.llvm.plans import Plans
 
 _LEAST, _MOST = -128.0, 127.0
+
+_MAKES_POSITIVE = frozenset({"relax.nn.relu", "relax.sigmoid", "relax.nn.softmax", "relax.abs", "relax.square"})
+_POSITIVE_OF_ALL = frozenset({"relax.minimum", "relax.add", "relax.multiply", "relax.concat"})
+_POSITIVE_OF_FIRST = frozenset(
+    {
+        "relax.quantize", "relax.dequantize", "relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean", "relax.max",
+        "relax.nn.adaptive_avg_pool2d", "relax.reshape", "relax.permute_dims", "relax.strided_slice",
+    }
+)  # fmt: skip
+"""Operators whose results are never negative where all that they read, or the first of it, is not."""
 
 _ROUND = 12582912.0
 """1.5 · 2²³: adding it to a small number rounds it to a whole one, halves to even, which the lowest bits then hold."""
@@ -69,10 +79,12 @@ class Pairs:
     Attributes:
         scales: Variable, of a QuantizeLinear or a DequantizeLinear → its scale.
         weights: Variable of a DequantizeLinear of constants, or of its transpose → the weights.
+        positive: Variables that are never negative, quantized or not.
     """
 
     scales: Mapping[Any, float]
     weights: Mapping[Any, Weight]
+    positive: frozenset[Any] = frozenset()
 
 
 def find_pairs(bindings: Iterable[Any]) -> Pairs:
@@ -95,7 +107,37 @@ def find_pairs(bindings: Iterable[Any]) -> Pairs:
             weights[var] = weight
         elif _op(call) == "relax.permute_dims" and call.args[0] in weights and _is_swap(call):
             weights[var] = replace(weights[call.args[0]], swapped=not weights[call.args[0]].swapped)
-    return Pairs(scales, weights)
+    return Pairs(scales, weights, _positive(bindings))
+
+
+def _positive(bindings: Iterable[Any]) -> frozenset[Any]:
+    """Return the variables that are never negative, NaN aside."""
+    found: set[Any] = set()
+    for binding in bindings:
+        call = binding.value
+        if isinstance(call, ir.Call) and _is_positive(call, found):
+            found.add(binding.var)
+    return frozenset(found)
+
+
+def _is_positive(call: Any, known: set[Any]) -> bool:
+    op = _op(call)
+    read = call.args[0].fields if isinstance(call.args[0], relax.Tuple) else call.args
+    if op in _MAKES_POSITIVE or (op == "relax.clip" and _least(call.args[1]) >= 0):
+        return True
+    if op == "relax.maximum":
+        return any(each in known or _least(each) >= 0 for each in read)
+    if op in _POSITIVE_OF_ALL:
+        return all(each in known or _least(each) >= 0 for each in read)
+    return op in _POSITIVE_OF_FIRST and read[0] in known
+
+
+def _least(expr: Any) -> float:
+    """Return the least of the numbers that an operator takes; NaN where they are not constant."""
+    if isinstance(expr, tirx.IntImm | tirx.FloatImm):
+        return float(expr.value)
+    found = _constant(expr)
+    return float(found.min()) if found is not None and found.size else float("nan")
 
 
 def _op(call: Any) -> str:
@@ -142,16 +184,17 @@ def _constant(expr: Any) -> NDArray[Any] | None:
 # ---- element by element
 
 
-def quantized(builder: Any, data: Any, scale: float, dtype: str) -> Any:
+def quantized(builder: Any, data: Any, scale: float, dtype: str, *, positive: bool = False) -> Any:
     """Return the call that makes steps of floats, held as some element type; NaN becomes the lowest.
 
+    Where they are never negative, the lowest is 0.
     Rounded as x · (1 / scale), halves to even: where x / scale, rounded, is a half, the neighbour may come out.
     """
 
     def define(x: Any, inverse: Any) -> Any:
         def element(*indices: Any) -> Any:
             value = x(*indices) * inverse(0)
-            low, high = tirx.const(_LEAST, "float32"), tirx.const(_MOST, "float32")
+            low, high = tirx.const(0.0 if positive else _LEAST, "float32"), tirx.const(_MOST, "float32")
             value = tirx.Select(value > low, value, low)
             value = tirx.Select(value < high, value, high)
             return tirx.reinterpret("int32", value + tirx.const(_ROUND + ZERO[dtype], "float32")).astype(dtype)
@@ -227,29 +270,36 @@ def integer_conv2d(builder: Any, steps: Any, weight: NDArray[np.int8], shape: Co
         A call of type int32 ``[n, ⌈c / b⌉, h, w, b]``.
     """
     machine = plans.machine
-    together = dots_of(machine).channels
-    counted = replace(shape, inputs=blocks_of(shape.inputs, together), together=together)
-    plan = plans.integers(counted)
-    packed = relax.const(pack_weights(weight, shape, plan, machine))
-    define = _definition(shape, counted, plan, machine)
+    dots = dots_for(machine, str(steps.ty.dtype))
+    counted = replace(shape, inputs=blocks_of(shape.inputs, dots.channels), together=dots.channels)
+    plan = plans.integers(counted, dots)
+    packed = relax.const(pack_weights(weight, shape, plan, machine, dots))
+    define = _definition(shape, counted, plan, machine, dots)
     return builder.call_te(define, steps, packed, primfunc_name_hint="conv2d_int8", primfunc_attrs=FUSES)
 
 
-def offsets_of(weight: NDArray[np.int8], machine: Machine) -> NDArray[np.int32] | None:
-    """Return what the sums of `integer_conv2d` count too much, ``[block, lane]``; None where that is nothing."""
-    zero = ZERO[dots_of(machine).steps]
+def offsets_of(weight: NDArray[np.int8], held: str, machine: Machine) -> NDArray[np.int32] | None:
+    """Return what the sums of `integer_conv2d` count too much, ``[block, lane]``; None where that is nothing.
+
+    Args:
+        weight: int8 ``[outputs, …]``.
+        held: Element type of the steps.
+        machine: What the kernel is for.
+    """
+    zero = ZERO[held]
     sums = zero * weight.reshape(weight.shape[0], -1).sum(axis=1, dtype=np.int64)
     return pack_channels(sums.astype(np.int32), machine.block) if zero else None
 
 
-def pack_weights(weight: NDArray[np.int8], shape: ConvShape, plan: DirectPlan, machine: Machine) -> NDArray[Any]:
+def pack_weights(
+    weight: NDArray[np.int8], shape: ConvShape, plan: DirectPlan, machine: Machine, dots: Dots
+) -> NDArray[Any]:
     """Return weights as a kernel reads them, zero-padded.
 
     Returns:
         ``[group, panel, input block, kh, kw, element, output channel, channel of the element]``.
     """
-    dots = dots_of(machine)
-    inner, outer = _lanes(shape, machine), plan.panel * machine.block
+    inner, outer = _lanes(shape, machine, dots), plan.panel * machine.block
     panels, blocks = blocks_of(shape.outputs, outer), blocks_of(shape.inputs, inner)
     full = np.zeros((shape.groups, panels * outer, blocks * inner, *shape.kernel), dots.weights)
     full[:, : shape.outputs, : shape.inputs] = weight.reshape(shape.groups, shape.outputs, shape.inputs, *shape.kernel)
@@ -257,19 +307,17 @@ def pack_weights(weight: NDArray[np.int8], shape: ConvShape, plan: DirectPlan, m
     return np.ascontiguousarray(split.transpose(0, 1, 3, 6, 7, 4, 2, 5))
 
 
-def _lanes(shape: ConvShape, machine: Machine) -> int:
+def _lanes(shape: ConvShape, machine: Machine, dots: Dots) -> int:
     """Return how many channels lie side by side where the kernel reads them."""
-    together = dots_of(machine).channels
-    return machine.block if shape.blocked else blocks_of(shape.inputs, together) * together
+    return machine.block if shape.blocked else blocks_of(shape.inputs, dots.channels) * dots.channels
 
 
-def _definition(shape: ConvShape, counted: ConvShape, plan: DirectPlan, machine: Machine) -> Any:
+def _definition(shape: ConvShape, counted: ConvShape, plan: DirectPlan, machine: Machine, dots: Dots) -> Any:
     """Return the operator as a sum over packed weights, for ``call_te``."""
-    block, inner = machine.block, _lanes(shape, machine)
+    block, inner = machine.block, _lanes(shape, machine, dots)
     outputs = blocks_of(shape.outputs, block)
     result = (shape.batch, shape.groups * outputs, *shape.output, block)
     numbers = [*shape.stride, *shape.padding[:2], *shape.dilation, counted.inputs, int(shape.flat), *plan.numbers]
-    dots = dots_of(machine)
     notes = {KERNEL: INTEGER_CONV2D, PARAMETERS: numbers, MEASURED: int(plan.measured)}
 
     def define(x: Any, w: Any) -> Any:

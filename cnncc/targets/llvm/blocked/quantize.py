@@ -30,15 +30,17 @@ def quantize(context: Context, call: Any, scale: float, name: str | None) -> Val
     held = context.steps(data)
     if held is not None and held.scale == scale:  # of a pool or a concatenation: rounded already
         return Value(steps=held)
-    image, shape, dtype = context.image(data), shape_of(data), dots_of(context.machine).steps
+    image, shape = context.image(data), shape_of(data)
+    positive = data in context.pairs.positive
+    dtype = dots_of(context.machine, positive=positive).steps
     if image is None and len(shape) == 4 and shape[1] <= FEW_CHANNELS:
-        made = quantized(context.builder, context.plain(data), scale, dtype)
+        made = quantized(context.builder, context.plain(data), scale, dtype, positive=positive)
         return Value(steps=Steps(scale, plain=context.emit(made, name)))
     if image is None:
         if len(shape) not in _ORDERS:
             return None
         image = context.blocked(data, _ORDERS[len(shape)])
-    made = quantized(context.builder, context.whole(image), scale, dtype)
+    made = quantized(context.builder, context.whole(image), scale, dtype, positive=positive)
     return Value(steps=Steps(scale, image=context.result(made, image.dims, image.order, name)))
 
 

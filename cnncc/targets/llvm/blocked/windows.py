@@ -12,7 +12,6 @@ from cnncc.targets.llvm.blocked.image import NCHW, Image, Steps, Value, dims_of
 from cnncc.targets.llvm.blocked.integers import held_steps
 from cnncc.targets.llvm.blocked.window import average_pool, divisors_of, max_pool
 from cnncc.targets.llvm.rules import Sliding
-from cnncc.targets.llvm.schedule.products import dots_of
 
 _AXES = {"n": 0, "h": 2, "w": 3}
 """Axis of a blocked tensor."""
@@ -36,7 +35,7 @@ def pool(context: Context, call: Any, name: str | None) -> Image | Value | None:
     if greatest:
         made = max_pool(context.builder, whole, sliding, context.machine)
         if steps is not None and held is not None:
-            made = held_steps(context.builder, context.emit(made, name), dots_of(context.machine).steps)
+            made = held_steps(context.builder, context.emit(made, name), str(whole.ty.dtype))
             return Value(steps=Steps(steps.scale, image=context.result(made, dims, NCHW, name)))
     else:
         divisors = divisors_of(sliding, bool(attrs.count_include_pad))

@@ -18,7 +18,7 @@ from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
 from cnncc.targets.llvm.schedule.padded import Image, Sliding
-from cnncc.targets.llvm.schedule.products import FLOATS, Dots, Products, dots_of
+from cnncc.targets.llvm.schedule.products import FLOATS, Dots, Products, dots_for
 from cnncc.targets.llvm.schedule.register_tile import RegisterTile
 from cnncc.targets.llvm.schedule.tiling import place_of
 from cnncc.targets.llvm.tiling import Tiling
@@ -43,7 +43,7 @@ class Conv2d:
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
-        return _kernel(function, CONV2D, machine, FLOATS)
+        return _kernel(function, CONV2D, machine, lambda _held: FLOATS)
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class IntegerConv2d:
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
-        return _kernel(function, INTEGER_CONV2D, machine, dots_of(machine))
+        return _kernel(function, INTEGER_CONV2D, machine, lambda held: dots_for(machine, held))
 
 
-def _kernel(function: Any, kind: str, machine: Machine, products: Products) -> Any | None:
+def _kernel(function: Any, kind: str, machine: Machine, products: Callable[[str], Products]) -> Any | None:
     anchor = find_anchor(function, kind)
     if anchor is None or len(anchor.reads) != _OPERANDS:
         return None
-    return _Builder(anchor, machine, products).function(function)
+    return _Builder(anchor, machine, products(str(anchor.reads[0].dtype))).function(function)
 
 
 @dataclass(frozen=True)

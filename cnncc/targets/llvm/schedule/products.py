@@ -1,7 +1,8 @@
 """What a step of a register tile adds to its sums: products of float32, or of a few int8 channels at a time.
 
 Steps of int8 are multiplied by int8 weights and summed in int32, exactly, whatever the numbers: no instruction is used
-that saturates. (x86's ``pmaddubsw`` would: two products of u8 and s8 exceed int16.)
+where it might saturate. (x86's ``pmaddubsw`` might: two products of u8 and s8 exceed int16. Two products of a step that
+is never negative, 0 to 127, do not.)
 """
 
 from __future__ import annotations
@@ -173,10 +174,41 @@ class PairDots(Dots):
 
     def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
         operands = [tirx.reinterpret(f"int16x{2 * lanes}", value) for value in (pixel, weights)]
-        added = sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, *operands)
-        # LLVM would add the products of several steps to each other first, and spill them
-        fenced = tirx.call_llvm_pure_intrin(f"float32x{lanes}", "llvm.arithmetic.fence", _as(added, "float32", lanes))
-        return _as(fenced, "int32", lanes)
+        return _fenced(sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, *operands), lanes)
+
+
+@dataclass(frozen=True)
+class PositiveDots(Dots):
+    """Steps of 0 to 127 alone: one instruction sums two products to int16, another pairs of sums, a third adds them up.
+
+    |2 · 127 · 127| is less than 2¹⁵: nothing saturates (Intel SDM, PMADDUBSW).
+
+    Attributes:
+        instruction: LLVM's name of the first.
+        pairs: LLVM's name of the second.
+    """
+
+    steps: str = "int8"
+    instruction: str = ""
+    pairs: str = ""
+
+    @property
+    def instructions(self) -> float:
+        """Three instructions: measured 1.6 to 2.4 on Zen 3, a quarter less than two of `PairDots` each."""
+        return 2.1
+
+    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        operands = [tirx.reinterpret(f"int8x{4 * lanes}", value) for value in (pixel, weights)]
+        half = tirx.call_llvm_pure_intrin(f"int16x{2 * lanes}", self.instruction, *operands)
+        ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * lanes)
+        added = sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.pairs, half, ones)
+        return _fenced(added, lanes)
+
+
+def _fenced(sums: Any, lanes: int) -> Any:
+    """Return sums that LLVM does not put off: it would add the products of several steps first, and spill them."""
+    fenced = tirx.call_llvm_pure_intrin(f"float32x{lanes}", "llvm.arithmetic.fence", _as(sums, "float32", lanes))
+    return _as(fenced, "int32", lanes)
 
 
 def _as(value: Any, kind: str, lanes: int) -> Any:
@@ -199,6 +231,27 @@ _BY_INSTRUCTION: dict[str, Dots] = {
 }
 
 
-def dots_of(machine: Machine) -> Dots:
-    """Return how a machine sums products of int8."""
-    return _BY_INSTRUCTION.get(machine.dot, Dots())
+_POSITIVE: dict[str, Dots] = {
+    pairs: PositiveDots(instruction=instruction, pairs=pairs)
+    for pairs, instruction in (
+        ("llvm.x86.avx512.pmaddw.d.512", "llvm.x86.avx512.pmaddubs.w.512"),
+        ("llvm.x86.avx2.pmadd.wd", "llvm.x86.avx2.pmadd.ub.sw"),
+    )
+}
+"""Instruction for any steps → what is faster for those that are never negative."""
+
+
+def dots_of(machine: Machine, *, positive: bool = False) -> Dots:
+    """Return how a machine sums products of int8.
+
+    Args:
+        machine: The processor.
+        positive: Whether steps are 0 to 127.
+    """
+    any_steps = _BY_INSTRUCTION.get(machine.dot, Dots())
+    return _POSITIVE.get(machine.dot, any_steps) if positive else any_steps
+
+
+def dots_for(machine: Machine, held: str) -> Dots:
+    """Return how a machine sums products of steps that are held as some element type."""
+    return next(dots for dots in (dots_of(machine), dots_of(machine, positive=True)) if dots.steps == held)
