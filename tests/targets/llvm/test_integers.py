@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,11 +40,18 @@ X86 = ("x86-64", "x86-64-v3", "x86-64-v4")
 STEP = 2.0**-5
 """A scale whose multiples float32 holds exactly, so that nothing but a wrong sum can differ."""
 
+Run = Callable[[OnnxGraph, Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
+"""Graph and feeds → its outputs, by an engine."""
+
 EXTREMES = st.sampled_from(["random", "largest", "smallest", "opposite"])
 
 
 def profile_of(cpu: str | None) -> Profile:
     return resolve_profile(mcpu=cpu)
+
+
+def on_this_machine(cpu: str | None) -> Run:
+    return functools.partial(run_graph, profile=profile_of(cpu))
 
 
 def runs_here(cpu: str | None) -> bool:
@@ -126,7 +134,7 @@ def exact(case: Case, steps: NDArray[np.int64], weight: NDArray[np.int64]) -> ND
     return found.numpy().astype(np.int64)
 
 
-def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int) -> None:
+def check(case: Case, run: Run, of_steps: str, of_weights: str, seed: int) -> None:
     """Compare an engine with integer arithmetic, bit for bit."""
     rng = np.random.default_rng(seed)
     outputs = case.groups * case.outputs
@@ -145,7 +153,7 @@ def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int
         want = np.maximum(want, 0.0)
     if case.activation != "none":
         want = np.clip(np.rint(want), -128, 127)
-    (got,) = run_graph(graph, feeds, profile_of(cpu))
+    (got,) = run(graph, feeds)
     np.testing.assert_array_equal(got, want.astype(np.float32))
 
 
@@ -165,35 +173,42 @@ def integer_cases(draw: Any) -> Case:
 def test_a_convolution_of_int8_is_exact(cpu: str | None, case: Case, steps: str, weights: str, seed: int) -> None:
     if not runs_here(cpu):
         pytest.skip(f"this machine does not run {cpu}")
-    check(case, cpu, steps, weights, seed)
+    check(case, on_this_machine(cpu), steps, weights, seed)
 
 
 @pytest.mark.slow
 @given(case=integer_cases(), steps=EXTREMES, weights=EXTREMES, seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None)
 def test_many_convolutions_of_int8_are_exact(case: Case, steps: str, weights: str, seed: int) -> None:
-    check(case, None, steps, weights, seed)
+    check(case, on_this_machine(None), steps, weights, seed)
 
 
 LARGE = Case(1, 1, 512, 40, (6, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "none")
 """4608 products: their sums exceed what float32 counts exactly, and what int16 pairs would hold."""
 
 
-@pytest.mark.parametrize("cpu", [None, *X86])
-@pytest.mark.parametrize(
-    ("of_steps", "of_weights"), [("largest", "largest"), ("smallest", "smallest"), ("smallest", "largest")]
-)
-def test_the_largest_sums_are_exact_to_the_last_bit(cpu: str | None, of_steps: str, of_weights: str) -> None:
-    if not runs_here(cpu):
-        pytest.skip(f"this machine does not run {cpu}")
+LARGEST = [("largest", "largest"), ("smallest", "smallest"), ("smallest", "largest")]
+"""Of steps, and of weights."""
+
+
+def check_largest(run: Run, of_steps: str, of_weights: str) -> None:
+    """Compare sums beyond float32's whole numbers with integer arithmetic, bit for bit."""
     rng = np.random.default_rng(0)
     steps = steps_of(of_steps, (1, LARGE.inputs, *LARGE.image), -128, rng)
     weight = steps_of(of_weights, (LARGE.outputs, LARGE.inputs, 3, 3), -127, rng)
     graph = quantized_graph(LARGE, weight, np.full(LARGE.outputs, 2.0**-9, np.float32))
-    (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)}, profile_of(cpu))
+    (got,) = run(graph, {"x": (steps * STEP).astype(np.float32)})
     sums = exact(LARGE, steps, weight)
     assert np.abs(sums).max() > 2**24
     np.testing.assert_array_equal(got, sums.astype(np.float32) * np.float32(STEP * 2.0**-9))
+
+
+@pytest.mark.parametrize("cpu", [None, *X86])
+@pytest.mark.parametrize(("of_steps", "of_weights"), LARGEST)
+def test_the_largest_sums_are_exact_to_the_last_bit(cpu: str | None, of_steps: str, of_weights: str) -> None:
+    if not runs_here(cpu):
+        pytest.skip(f"this machine does not run {cpu}")
+    check_largest(on_this_machine(cpu), of_steps, of_weights)
 
 
 # ---- products, pools, scales
