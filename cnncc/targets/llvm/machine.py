@@ -50,6 +50,11 @@ class Machine:
     l1: int = 32 * _KIB
     l2: int = 512 * _KIB
 
+    @property
+    def dot_by_lane(self) -> bool:
+        """Whether products of int8 multiply by a lane, so that a register tile holds its pixels in registers too."""
+        return self.dot == _DOTS["dotprod"]
+
 
 _TILES_OF_16 = ((6, 2), (4, 2), (3, 3), (2, 4), (12, 1), (8, 1), (6, 1), (4, 1), (2, 2), (1, 8), (1, 4), (1, 2))
 _TILES_OF_32 = ((12, 2), (8, 3), (6, 4), (4, 6), (8, 2), (4, 4), (2, 8), (2, 4), (16, 1), (12, 1), (8, 1), (4, 2),

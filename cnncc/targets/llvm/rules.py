@@ -163,7 +163,8 @@ def register_tiles(shape: ConvShape, machine: Machine) -> Iterator[tuple[float, 
     chain = longest_chain(shape, machine) * shape.lane_block(machine) * shape.taps
     for panel in range(1, min(blocks, _PANEL) + 1):
         held = panel * vectors
-        for columns in range(1, min(most_pixels(held, machine), widest_tile(shape, machine)) + 1):
+        most = most_pixels(held, machine, kept=shape.together > 1 and machine.dot_by_lane)
+        for columns in range(1, min(most, widest_tile(shape, machine)) + 1):
             step = _step(columns, held, chain, machine)
             yield tiling_of(shape, columns, machine).count * step * -(-blocks // panel), (columns, panel)
 
@@ -173,8 +174,16 @@ def widest_tile(shape: ConvShape, machine: Machine) -> int:
     return shape.pixels if shape.flat else max(shape.output[1], min(machine.pointers, shape.pixels))
 
 
-def most_pixels(vectors: int, machine: Machine) -> int:
-    """Return how many pixels a register tile of some vectors of channels may have."""
+def most_pixels(vectors: int, machine: Machine, *, kept: bool = False) -> int:
+    """Return how many pixels a register tile of some vectors of channels may have.
+
+    Args:
+        vectors: Of a pixel's sums.
+        machine: What the kernel is for.
+        kept: Whether each pixel has a register of its own beside its sums.
+    """
+    if kept:
+        return (machine.registers - 1 - vectors) // (vectors + 1)
     return min((machine.registers - machine.spare - vectors) // vectors, machine.broadcasts)
 
 

@@ -45,6 +45,11 @@ class Products(Protocol):
         """An element that stands for zeros."""
         ...
 
+    @property
+    def abreast(self) -> int:
+        """Neighbouring elements of a pixel that are loaded as one vector, where instructions multiply by a lane."""
+        ...
+
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """Return the statement that adds one product to each lane of a vector of sums.
 
@@ -63,6 +68,7 @@ class FloatProducts:
     """Multiply-adds of float32."""
 
     dtype: str = "float32"
+    abreast: int = 1
 
     @property
     def blank(self) -> Any:
@@ -89,10 +95,12 @@ class Dots:
     Attributes:
         steps: Element type that holds steps, and weights but for their sign.
         dtype: Of the sums.
+        abreast: See `Products`.
     """
 
     steps: str = "uint8"
     dtype: str = "int32"
+    abreast: int = 1
 
     @property
     def channels(self) -> int:
@@ -142,6 +150,8 @@ class FourDots(Dots):
     def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
         operands = [tirx.reinterpret(f"{kind}x{4 * lanes}", value)
                     for kind, value in ((self.steps, pixel), (self.weights, weights))]  # fmt: skip
+        if self.abreast > 1:  # the operand that may be a lane comes last
+            operands.reverse()
         return tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, sums, *operands)
 
 
@@ -178,8 +188,8 @@ _BY_INSTRUCTION: dict[str, Dots] = {
         PairDots(instruction="llvm.x86.avx512.pmaddw.d.512"),
         PairDots(instruction="llvm.x86.avx2.pmadd.wd"),
         PairDots(instruction="llvm.x86.sse2.pmadd.wd"),
-        # s8 · s8 over four channels (Arm ARM, SDOT)
-        FourDots(instruction="llvm.aarch64.neon.sdot.v4i32.v16i8", steps="int8"),
+        # s8 · s8 over four channels (Arm ARM, SDOT by element); to broadcast a pixel would take a vector unit's time
+        FourDots(instruction="llvm.aarch64.neon.sdot.v4i32.v16i8", steps="int8", abreast=2),
     )
 }
 
