@@ -20,6 +20,21 @@ _FOUR_CHANNELS = 3
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Vector registers that a register tile takes beside its sums.
+
+    Attributes:
+        spare: For what is at work.
+        vector: For each vector of weights.
+        pixel: For each pixel.
+    """
+
+    spare: int
+    vector: int = 1
+    pixel: int = 0
+
+
+@dataclass(frozen=True)
 class Machine:
     """A processor, as schedules see it.
 
@@ -51,9 +66,9 @@ class Machine:
     l2: int = 512 * _KIB
 
     @property
-    def dot_by_lane(self) -> bool:
-        """Whether products of int8 multiply by a lane, so that a register tile holds its pixels in registers too."""
-        return self.dot == _DOTS["dotprod"]
+    def beside_dots(self) -> Beside:
+        """What a register tile of int8 leaves to other things than its sums."""
+        return _BESIDE_DOTS.get(self.dot, Beside(self.spare))
 
 
 _TILES_OF_16 = ((6, 2), (4, 2), (3, 3), (2, 4), (12, 1), (8, 1), (6, 1), (4, 1), (2, 2), (1, 8), (1, 4), (1, 2))
@@ -70,8 +85,15 @@ _DOTS = {
     "avx2": "llvm.x86.avx2.pmadd.wd",
     "sse2": "llvm.x86.sse2.pmadd.wd",
     "dotprod": "llvm.aarch64.neon.sdot.v4i32.v16i8",
+    "neon": "llvm.aarch64.neon.smull.v8i16",
 }
 """Feature → its instruction for products of int8."""
+
+_BESIDE_DOTS = {
+    _DOTS["dotprod"]: Beside(1, pixel=1),  # multiplies by a lane of what was loaded of a pixel
+    _DOTS["neon"]: Beside(3, vector=2, pixel=1),  # sums in int16, and each vector of weights in two halves
+}
+"""Those that take their pixels from lanes → what else they need registers for."""
 
 
 def machine_of(profile: Profile) -> Machine:
@@ -88,7 +110,7 @@ def machine_of(profile: Profile) -> Machine:
         half = dot("avxvnni", "avx2")
         return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86, dot=half)
     if profile.triple.startswith(("aarch64", "arm64", "riscv64")):
-        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod"))
+        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod", "neon"))
     sse = _DOTS["sse2"] if profile.triple.startswith("x86_64") else ""  # which every one of these has
     return Machine(4, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, dot=sse)
 

@@ -107,10 +107,14 @@ def test_a_quantized_network_is_exact(cpu: str, boards: dict[str, Board], engine
 
 
 def test_products_are_what_the_instruction_set_has(engines: dict[str, Engine]) -> None:
-    found = {cpu: len(re.findall(r"\tsdot\t", disassembly(engine.payload))) for cpu, engine in engines.items()}
-    assert found["cortex-a72"] == 0
-    assert found["cortex-a76"] > 100
-    assert found["neoverse-v1"] > 100
+    def count(cpu: str, instruction: str) -> int:
+        return len(re.findall(rf"\t{instruction}\t", disassembly(engines[cpu].payload)))
+
+    assert count("cortex-a72", "sdot") == 0
+    assert count("cortex-a72", "sadalp") > 100
+    for cpu in ("cortex-a76", "neoverse-v1"):
+        assert count(cpu, "sdot") > 100
+        assert count(cpu, "sadalp") == 0
 
 
 def test_an_engine_with_dotprod_dies_where_there_is_none(boards: dict[str, Board], engines: dict[str, Engine]) -> None:

@@ -345,6 +345,7 @@ INSTRUCTIONS = {
     "AVX-512": ("x86_64-linux-gnu", "x86-64-v4", r"vpmaddwd\s+.*%zmm"),
     "AVX2": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddwd\s+.*%ymm"),
     "dotprod": ("aarch64-linux-gnu", "cortex-a76", r"\bsdot\b.*\.4b\[\d\]"),
+    "NEON": ("aarch64-linux-gnu", "cortex-a72", r"\bsadalp\b"),
 }
 """Name → triple, CPU and the instruction that its products are made of."""
 

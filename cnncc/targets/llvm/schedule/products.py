@@ -169,9 +169,43 @@ class PairDots(Dots):
     def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
         operands = [tirx.reinterpret(f"int16x{2 * lanes}", value) for value in (pixel, weights)]
         added = sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, *operands)
-        # LLVM would add the products of several steps to each other first, and spill them
-        fenced = tirx.call_llvm_pure_intrin(f"float32x{lanes}", "llvm.arithmetic.fence", _as(added, "float32", lanes))
-        return _as(fenced, "int32", lanes)
+        return _fenced(added, lanes)
+
+
+@dataclass(frozen=True)
+class LongDots(Dots):
+    """Two products of int8 are summed in int16, which holds them (128 · 127 · 2), and pairs of such sums in int32.
+
+    Attributes:
+        instruction: LLVM's name of the one that multiplies eight int8.
+        pairs: LLVM's name of the one that adds neighbours.
+    """
+
+    steps: str = "int8"
+    abreast: int = 2
+    instruction: str = "llvm.aarch64.neon.smull.v8i16"
+    pairs: str = "llvm.aarch64.neon.saddlp.v4i32.v8i16"
+
+    def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
+        """See `Products`."""
+        own = tirx.Ramp(tir.index(first), tir.index(1), lanes)
+        pixel, weights = tirx.reinterpret("int16x2", source), tirx.reinterpret(f"int16x{2 * lanes}", weight(own))
+
+        def times(number: int) -> Any:
+            """Return products with two of four channels, ``[lanes, 2]``."""
+            pair = tirx.Broadcast(tirx.Shuffle([pixel], [tirx.const(number, "int32")]), lanes)
+            own_pairs = tirx.Shuffle([weights], [tirx.const(2 * lane + number, "int32") for lane in range(lanes)])
+            operands = [tirx.reinterpret(f"int8x{2 * lanes}", value) for value in (pair, own_pairs)]
+            return tirx.call_llvm_pure_intrin(f"int16x{2 * lanes}", self.instruction, *operands)
+
+        sums = tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.pairs, times(0) + times(1))
+        return tir.store(held, [own], _fenced(held[own] + sums, lanes))
+
+
+def _fenced(sums: Any, lanes: int) -> Any:
+    """Return sums that LLVM takes as they are: it would add several steps to each other first, and spill them."""
+    fenced = tirx.call_llvm_pure_intrin(f"float32x{lanes}", "llvm.arithmetic.fence", _as(sums, "float32", lanes))
+    return _as(fenced, "int32", lanes)
 
 
 def _as(value: Any, kind: str, lanes: int) -> Any:
@@ -190,6 +224,8 @@ _BY_INSTRUCTION: dict[str, Dots] = {
         PairDots(instruction="llvm.x86.sse2.pmadd.wd"),
         # s8 · s8 over four channels (Arm ARM, SDOT by element); to broadcast a pixel would take a vector unit's time
         FourDots(instruction="llvm.aarch64.neon.sdot.v4i32.v16i8", steps="int8", abreast=2),
+        # s8 · s8 to s16, and s16 to s32 in pairs (Arm ARM, SMULL, SMLAL, SADALP), on ARMs without SDOT
+        LongDots(),
     )
 }
 
