@@ -58,12 +58,23 @@ class Net:
         self.constants[name] = value
         return name
 
-    def conv(self, x: str, size: int, name: str = "", *, kernel: int = 3, group: int = 1, bias: bool = True) -> str:
-        """Add a convolution that keeps height and width."""
+    def conv(
+        self,
+        x: str,
+        size: int,
+        name: str = "",
+        *,
+        kernel: int = 3,
+        group: int = 1,
+        bias: bool = True,
+        **attributes: Any,
+    ) -> str:
+        """Add a convolution that keeps height and width, but for its attributes."""
         name = name or f"conv_{len(self.nodes)}"
         weight = self.constant(f"{name}.weight", self.weights(size, self._sizes[x] // group, kernel, kernel))
         extra = [self.constant(f"{name}.bias", self.weights(size))] if bias else []
-        return self.node("Conv", [x, weight, *extra], name, size, pads=[kernel // 2] * 4, group=group)
+        return self.node("Conv", [x, weight, *extra], name, size, pads=[kernel // 2] * 4, group=group,
+                         **attributes)  # fmt: skip
 
     def gemm(self, x: str, size: int, name: str = "", *, trans: int = 1, bias: bool = True, **attributes: Any) -> str:
         """Add a fully connected layer."""

@@ -19,11 +19,13 @@ from cnncc.calibration.lint import lint
 from cnncc.calibration.table import read_table
 from cnncc.graph.reader import read_onnx
 from cnncc.graph.reference import Reference
+from cnncc.targets.base import Engine
 from cnncc.targets.llvm.blocked.integers import MOST_PRODUCTS
 from cnncc_runtime.bundle import read_bundle
 from tests.cli.conftest import Digits, WriteModule
 from tests.cli.harness import Outcome, apart, call, finish, leftovers, start, tree
 from tests.cli.test_faults import DEFAULT_SIGINT
+from tests.qemu.board import make_board, require
 from tests.targets.conformance import graph_of
 
 COUNT = 24
@@ -118,6 +120,27 @@ def test_compile_to_int8_calibrates_proves_and_says_what_is_executed(
     assert "parity passed" in call("verify", bundle, "--data", data).stdout
     again = call("compile", *model(digits), *flags, "-o", bundle)
     assert "unchanged" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
+def test_an_int8_engine_for_arm_computes_what_onnx_runtime_does(
+    digits: Digits, data: Path, table: Path, tmp_path: Path, cpu: str
+) -> None:
+    require()
+    bundle, onnx_file, disk = tmp_path / "arm.cnncc", tmp_path / "d.int8.onnx", tmp_path / "disk"
+    device = ("--mtriple", "aarch64-linux-gnu", "--mcpu", cpu)
+    call("compile", *model(digits), "--precision", "int8", "--calib", table, *device, "--allow-slow", "-o", bundle)
+    call("quantize", *model(digits), "--calib", table, "-o", onnx_file)
+    graph = read_onnx(onnx_file)
+    disk.mkdir()
+    board, made = make_board(disk, cpu), read_bundle(bundle).manifest
+    engine = Engine(made.target, made.engine, bundle / made.engine.file, {}, made.layers, reproducible=True)
+    with np.load(data) as archive:
+        for image in archive["x"][:4, None]:
+            (found,) = board.run(engine, [image])
+            (wanted,) = Reference(graph).run({graph.inputs[0].name: image}).values()
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def long_product(path: Path) -> Path:

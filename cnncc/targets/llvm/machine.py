@@ -20,6 +20,21 @@ _FOUR_CHANNELS = 3
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Vector registers that a register tile takes beside its sums.
+
+    Attributes:
+        spare: For what is at work.
+        vector: For each vector of weights.
+        pixel: For each pixel.
+    """
+
+    spare: int
+    vector: int = 1
+    pixel: int = 0
+
+
+@dataclass(frozen=True)
 class Machine:
     """A processor, as schedules see it.
 
@@ -50,6 +65,16 @@ class Machine:
     l1: int = 32 * _KIB
     l2: int = 512 * _KIB
 
+    def beside_dots(self, together: int) -> Beside:
+        """Return what a register tile of int8 leaves to other things than its sums.
+
+        Args:
+            together: Channels that a step sums over.
+        """
+        if together > _PAIR and self.dot in _PAIRS:
+            return Beside(3)  # a pixel, its products as int16, and the ones that these are multiplied by
+        return _BESIDE_DOTS.get(self.dot, Beside(self.spare))
+
 
 _TILES_OF_16 = ((6, 2), (4, 2), (3, 3), (2, 4), (12, 1), (8, 1), (6, 1), (4, 1), (2, 2), (1, 8), (1, 4), (1, 2))
 _TILES_OF_32 = ((12, 2), (8, 3), (6, 4), (4, 6), (8, 2), (4, 4), (2, 8), (2, 4), (16, 1), (12, 1), (8, 1), (4, 2),
@@ -65,8 +90,19 @@ _DOTS = {
     "avx2": "llvm.x86.avx2.pmadd.wd",
     "sse2": "llvm.x86.sse2.pmadd.wd",
     "dotprod": "llvm.aarch64.neon.sdot.v4i32.v16i8",
+    "neon": "llvm.aarch64.neon.smull.v8i16",
 }
 """Feature → its instruction for products of int8."""
+
+_PAIR = 2
+_PAIRS = frozenset({_DOTS["avx512bw"], _DOTS["avx2"], _DOTS["sse2"]})
+"""Those that sum over two channels."""
+
+_BESIDE_DOTS = {
+    _DOTS["dotprod"]: Beside(1, pixel=1),  # multiplies by a lane of what was loaded of a pixel
+    _DOTS["neon"]: Beside(3, vector=2, pixel=1),  # sums in int16, and each vector of weights in two halves
+}
+"""Those that take their pixels from lanes → what else they need registers for."""
 
 
 def machine_of(profile: Profile) -> Machine:
@@ -83,7 +119,7 @@ def machine_of(profile: Profile) -> Machine:
         half = dot("avxvnni", "avx2")
         return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86, dot=half)
     if profile.triple.startswith(("aarch64", "arm64", "riscv64")):
-        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod"))
+        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod", "neon"))
     sse = _DOTS["sse2"] if profile.triple.startswith("x86_64") else ""  # which every one of these has
     return Machine(4, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, dot=sse)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
-from cnncc.targets.llvm.machine import Machine
+from cnncc.targets.llvm.machine import Beside, Machine
 from cnncc.targets.llvm.tiling import Tiling
 
 _LATENCY = 4.0
@@ -163,7 +163,8 @@ def register_tiles(shape: ConvShape, machine: Machine) -> Iterator[tuple[float, 
     chain = longest_chain(shape, machine) * shape.lane_block(machine) * shape.taps
     for panel in range(1, min(blocks, _PANEL) + 1):
         held = panel * vectors
-        for columns in range(1, min(most_pixels(held, machine), widest_tile(shape, machine)) + 1):
+        most = most_pixels(held, machine, machine.beside_dots(shape.together) if shape.together > 1 else None)
+        for columns in range(1, min(most, widest_tile(shape, machine)) + 1):
             step = _step(columns, held, chain, machine)
             yield tiling_of(shape, columns, machine).count * step * -(-blocks // panel), (columns, panel)
 
@@ -173,9 +174,17 @@ def widest_tile(shape: ConvShape, machine: Machine) -> int:
     return shape.pixels if shape.flat else max(shape.output[1], min(machine.pointers, shape.pixels))
 
 
-def most_pixels(vectors: int, machine: Machine) -> int:
-    """Return how many pixels a register tile of some vectors of channels may have."""
-    return min((machine.registers - machine.spare - vectors) // vectors, machine.broadcasts)
+def most_pixels(vectors: int, machine: Machine, beside: Beside | None = None) -> int:
+    """Return how many pixels a register tile of some vectors of channels may have.
+
+    Args:
+        vectors: Of a pixel's sums.
+        machine: What the kernel is for.
+        beside: Registers for other things than sums; what products of floats need by default.
+    """
+    beside = beside or Beside(machine.spare)
+    left = machine.registers - beside.spare - beside.vector * vectors
+    return min(left // (vectors + beside.pixel), machine.broadcasts)
 
 
 def tiling_of(shape: ConvShape, columns: int, machine: Machine) -> Tiling:

@@ -28,7 +28,7 @@ def run_engine(engine: Engine, entry: str, arrays: list[NDArray[Any]]) -> list[N
         warnings.simplefilter("ignore")
         from cnncc.targets.llvm.loading import load_library
 
-        return call_entry(load_library(engine.payload), entry, [*arrays, *_weights(engine, entry)])
+        return call_entry(load_library(engine.payload), entry, [*arrays, *weights_of(engine, entry)])
 
 
 def call_entry(loaded: Loaded, entry: str, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -53,7 +53,8 @@ def entry_of(loaded: Loaded, entry: str) -> Callable[..., Any]:
     return run
 
 
-def _weights(engine: Engine, entry: str) -> list[NDArray[Any]]:
+def weights_of(engine: Engine, entry: str) -> list[NDArray[Any]]:
+    """Return what an entry takes after its inputs."""
     record = engine.record.weights
     if record is None:
         return []

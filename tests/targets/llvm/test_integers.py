@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,11 +41,18 @@ X86 = ("x86-64", "x86-64-v3", "x86-64-v4")
 STEP = 2.0**-5
 """A scale whose multiples float32 holds exactly, so that nothing but a wrong sum can differ."""
 
+Run = Callable[[OnnxGraph, Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
+"""Graph and feeds → its outputs, by an engine."""
+
 EXTREMES = st.sampled_from(["random", "largest", "smallest", "opposite"])
 
 
 def profile_of(cpu: str | None) -> Profile:
     return resolve_profile(mcpu=cpu)
+
+
+def on_this_machine(cpu: str | None) -> Run:
+    return functools.partial(run_graph, profile=profile_of(cpu))
 
 
 def runs_here(cpu: str | None) -> bool:
@@ -92,7 +100,7 @@ def quantized_graph(
     read = "x_relu" if rectified else "x"
     operands = [f"{read}_dq", "w"]
     if case.bias:
-        values["bias"] = np.arange(outputs, dtype=np.float32) - 3
+        values["bias"] = biases_of(case)
         operands.append("bias")
     result = [case.batch, outputs, *out_of(case)]
     inputs: dict[str, Any] = {"x": [case.batch, case.groups * case.inputs, *case.image]}
@@ -118,6 +126,11 @@ def quantized_graph(
     return graph_of(nodes, inputs, {"y": result}, constants(values), opset=20)
 
 
+def biases_of(case: Case) -> NDArray[np.float32]:
+    """Return biases so small that float32 holds their sum with any sum of products, before a residual is added."""
+    return np.arange(case.groups * case.outputs, dtype=np.float32) % 7 - 3
+
+
 def out_of(case: Case) -> tuple[int, int]:
     reach = [(k - 1) * d + 1 for k, d in zip(case.kernel, case.dilation, strict=True)]
     high, wide = (
@@ -138,7 +151,7 @@ def exact(case: Case, steps: NDArray[np.int64], weight: NDArray[np.int64]) -> ND
     return found.numpy().astype(np.int64)
 
 
-def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int, *, rectified: bool = False) -> None:
+def check(case: Case, run: Run, of_steps: str, of_weights: str, seed: int, *, rectified: bool = False) -> None:
     """Compare an engine with integer arithmetic, bit for bit."""
     rng = np.random.default_rng(seed)
     outputs = case.groups * case.outputs
@@ -150,7 +163,7 @@ def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int
     steps = np.maximum(steps, 0) if rectified else steps
     want = exact(case, steps, weight) * (STEP * scales.astype(np.float64)).reshape(-1, 1, 1)
     if case.bias:
-        want = want + (np.arange(outputs) - 3.0).reshape(-1, 1, 1)
+        want = want + biases_of(case).reshape(-1, 1, 1)
     if case.residual:
         skip = rng.integers(-128, 128, want.shape)
         feeds["r"], want = skip.astype(np.float32), want + skip
@@ -158,7 +171,7 @@ def check(case: Case, cpu: str | None, of_steps: str, of_weights: str, seed: int
         want = np.maximum(want, 0.0)
     if case.activation != "none":
         want = np.clip(np.rint(want), -128, 127)
-    (got,) = run_graph(graph, feeds, profile_of(cpu))
+    (got,) = run(graph, feeds)
     np.testing.assert_array_equal(got, want.astype(np.float32))
 
 
@@ -180,7 +193,7 @@ def test_a_convolution_of_int8_is_exact(
 ) -> None:
     if not runs_here(cpu):
         pytest.skip(f"this machine does not run {cpu}")
-    check(case, cpu, steps, weights, seed, rectified=rectified)
+    check(case, on_this_machine(cpu), steps, weights, seed, rectified=rectified)
 
 
 @pytest.mark.slow
@@ -192,28 +205,35 @@ def test_many_convolutions_of_int8_are_exact(
 ) -> None:
     if not runs_here(cpu):
         pytest.skip(f"this machine does not run {cpu}")
-    check(case, cpu, steps, weights, seed, rectified=rectified)
+    check(case, on_this_machine(cpu), steps, weights, seed, rectified=rectified)
 
 
 LARGE = Case(1, 1, 512, 40, (6, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "none")
 """4608 products: their sums exceed what float32 counts exactly, and what int16 pairs would hold."""
 
 
-@pytest.mark.parametrize("cpu", [None, *X86])
-@pytest.mark.parametrize(
-    ("of_steps", "of_weights"), [("largest", "largest"), ("smallest", "smallest"), ("smallest", "largest")]
-)
-def test_the_largest_sums_are_exact_to_the_last_bit(cpu: str | None, of_steps: str, of_weights: str) -> None:
-    if not runs_here(cpu):
-        pytest.skip(f"this machine does not run {cpu}")
+LARGEST = [("largest", "largest"), ("smallest", "smallest"), ("smallest", "largest")]
+"""Of steps, and of weights."""
+
+
+def check_largest(run: Run, of_steps: str, of_weights: str) -> None:
+    """Compare sums beyond float32's whole numbers with integer arithmetic, bit for bit."""
     rng = np.random.default_rng(0)
     steps = steps_of(of_steps, (1, LARGE.inputs, *LARGE.image), -128, rng)
     weight = steps_of(of_weights, (LARGE.outputs, LARGE.inputs, 3, 3), -127, rng)
     graph = quantized_graph(LARGE, weight, np.full(LARGE.outputs, 2.0**-9, np.float32))
-    (got,) = run_graph(graph, {"x": (steps * STEP).astype(np.float32)}, profile_of(cpu))
+    (got,) = run(graph, {"x": (steps * STEP).astype(np.float32)})
     sums = exact(LARGE, steps, weight)
     assert np.abs(sums).max() > 2**24
     np.testing.assert_array_equal(got, sums.astype(np.float32) * np.float32(STEP * 2.0**-9))
+
+
+@pytest.mark.parametrize("cpu", [None, *X86])
+@pytest.mark.parametrize(("of_steps", "of_weights"), LARGEST)
+def test_the_largest_sums_are_exact_to_the_last_bit(cpu: str | None, of_steps: str, of_weights: str) -> None:
+    if not runs_here(cpu):
+        pytest.skip(f"this machine does not run {cpu}")
+    check_largest(on_this_machine(cpu), of_steps, of_weights)
 
 
 @pytest.mark.parametrize("cpu", [None, *X86])
@@ -222,7 +242,7 @@ def test_pairs_of_the_largest_products_of_positive_steps_do_not_saturate(cpu: st
     """2 · 127 · 127 is what `pmaddubsw` has to hold in int16 at most."""
     if not runs_here(cpu):
         pytest.skip(f"this machine does not run {cpu}")
-    check(replace(LARGE, inputs=64), cpu, "largest", of_weights, 0, rectified=True)
+    check(replace(LARGE, inputs=64), on_this_machine(cpu), "largest", of_weights, 0, rectified=True)
 
 
 def test_a_nan_before_positive_steps_is_a_step_of_zero_to_127() -> None:
@@ -404,22 +424,25 @@ INSTRUCTIONS = {
     "AVX-512, positive": ("x86_64-linux-gnu", "x86-64-v4", r"vpmaddubsw\s+.*%zmm"),
     "AVX2": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddwd\s+.*%ymm"),
     "AVX2, positive": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddubsw\s+.*%ymm"),
-    "dotprod": ("aarch64-linux-gnu", "cortex-a76", r"\bsdot\b"),
+    "dotprod": ("aarch64-linux-gnu", "cortex-a76", r"\bsdot\b.*\.4b\[\d\]"),
+    "NEON": ("aarch64-linux-gnu", "cortex-a72", r"\bsadalp\b"),
 }
 """Name → triple, CPU and the instruction that its products are made of."""
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("size", [7, 28])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_int8_uses_the_instruction_of_its_set_and_spills_nothing(name: str, kernel: int) -> None:
+def test_int8_uses_the_instruction_of_its_set_and_spills_nothing(name: str, kernel: int, size: int) -> None:
     triple, cpu, instruction = INSTRUCTIONS[name]
     profile = named(resolve_profile(mtriple=triple, mcpu=cpu))
     machine = machine_of(profile)
-    shape = ConvShape(1, 1, 64, 64, (28, 28), (kernel, kernel), (1, 1), (kernel // 2,) * 4, (1, 1), (28, 28))
+    image = (size, size)
+    shape = ConvShape(1, 1, 64, 64, image, (kernel, kernel), (1, 1), (kernel // 2,) * 4, (1, 1), image)
     weight = np.ones((64, 64, kernel, kernel), np.int8)
     dots = dots_of(machine, positive=name.endswith("positive"))
     text = kernel_assembly(
-        profile, blocked_shape((1, 64, 28, 28), machine.block),
+        profile, blocked_shape((1, 64, *image), machine.block),
         lambda builder, x, m: integer_conv2d(builder, x, weight, shape, Plans(m)), dots.steps,
     )  # fmt: skip
     plan = direct_plan(replace(shape, inputs=64 // dots.channels, together=dots.channels), machine)

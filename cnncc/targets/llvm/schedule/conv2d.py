@@ -211,11 +211,13 @@ class _Builder:
         length, total = self.plan.chain, self.blocks
         start = ((part.image * self.groups + part.group) * total) * image.plane
 
-        def step(block: Any, down: Any, right: Any, channel: Any) -> Any:
-            base = start + block * image.plane + image.tap(down, right) + channel
-            tap = (down, right, channel)
+        abreast = self.products.abreast if self.lanes % self.products.abreast == 0 else 1
+
+        def step(block: Any, down: Any, right: Any, first: Any, number: int) -> Any:
+            base = start + block * image.plane + image.tap(down, right) + first
+            tap = (down, right, first + number)
             products = registers.step(
-                lambda pixel: image.buffer[base + offsets[pixel]],
+                lambda pixel: tir.one_of(image.buffer, base + offsets[pixel], abreast, number),
                 lambda output: tir.at(self.weight, part.group, part.panel, block, *tap, output),
             )
             # What this tile reads now, the tiles of the next chain read next: it comes from memory meanwhile.
@@ -226,10 +228,14 @@ class _Builder:
             return tir.sequence([*ahead, *products])
 
         def channels(block: Any, down: Any, right: Any) -> Any:
-            count: Any = self.lanes
-            if self.inputs % self.lanes:  # lanes after the last channel hold anything
+            def steps(some: Any) -> Any:
+                return tir.sequence([step(block, down, right, some * abreast, number) for number in range(abreast)])
+
+            count: Any = self.lanes // abreast
+            # Lanes after the last channel hold anything. In int8 they meet weights of 0, and may be read along.
+            if self.inputs % self.lanes and abreast == 1:
                 count = self.inputs if total == 1 else tirx.min(tir.index(count), self.inputs - block * count)
-            return tir.loop(count, lambda channel: step(block, down, right, channel), name="ic")
+            return tir.loop(count, steps, name="ic")
 
         def taps(number: Any) -> Any:
             block = chain * length + number

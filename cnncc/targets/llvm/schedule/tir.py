@@ -160,6 +160,13 @@ def at(buf: Any, *indices: Any) -> Any:
     return buf[indices]
 
 
+def one_of(source: Any, first: Any, count: int, number: int) -> Any:
+    """Return one of several neighbours, loaded as one vector."""
+    if count == 1:
+        return source[first]
+    return tirx.Shuffle([source[tirx.Ramp(first, index(1), count)]], [tirx.const(number, "int32")])
+
+
 def pieces(extent: int, lanes: int) -> Iterator[tuple[int, int, int]]:
     """Split a range into vectors: full ones first, then halves of halves.
 
