@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ Executor = Callable[[OnnxGraph], Run]
 DEFAULT_SAMPLES = 2
 """Random samples per model where the caller gives none: one could be lucky, two seldom are."""
 
-_JITTERS = 4
-"""Runs with jitter that a quantized graph's noise floor is the worst of."""
+_JITTERED = 8
+"""Runs with jitter, over all samples, that a quantized graph's noise floor is the worst of, at least."""
 
 _LAYER_CHUNK = 256 << 20
 """Bytes of intermediate tensors that one engine of `verify_layers` gives out."""
@@ -169,9 +170,7 @@ def verify_engine(
         torch_outputs = [torch_run(feeds) for feeds in samples]
         subjects.append(_judge(measured, "pytorch", "PyTorch", torch_outputs))
     if cleaned is not exported:
-        run = _reference(cleaned)
-        subjects.append(_judge(measured, "cleaned", "the cleaned graph", [run(feeds) for feeds in samples]))
-        del run  # frees its weights before the engine takes memory
+        subjects.append(_judge(measured, "cleaned", "the cleaned graph", _all(_reference(cleaned), samples)))
     if engine_run is None:
         notes = ["the engine was not run: this machine is not the one that it was built for"]
         return Verification(make_report(sample_names, subjects, notes=notes, rules=measured.rules), _golden(measured))
@@ -384,26 +383,26 @@ def _chunks(tensors: Iterator[tuple[str, int]]) -> Iterator[list[str]]:
 def _measure(source: GraphSource, samples: Sequence[Feeds], names: Sequence[str], truth: Executor) -> _Samples:
     if not samples or len(samples) != len(names):
         raise DataRefused(f"parity needs samples: there are {len(samples)}, with {len(names)} names")
-    run = _reference(source)
-    floor = tuple(run(feeds) for feeds in samples)
-    del run  # frees its weights before the truth's, twice as large, are made
+    floor = _all(_reference(source), samples)
     moved = _jittered(source, samples)
-    run = truth(_load(source))
-    exact = tuple(run(feeds) for feeds in samples)
-    del run
+    exact = _all(truth(_load(source)), samples)
     gc.collect()  # onnx's evaluator sits in reference cycles, and it holds the weights in float64
     return _Samples(tuple(names), tuple(samples), exact, floor, moved)
+
+
+def _all(run: Run, samples: Sequence[Feeds]) -> tuple[Tensors, ...]:
+    """Return the outputs for all samples; the executor, and its copy of the weights, are gone afterwards."""
+    from cnncc.graph.reference import side_by_side
+
+    return tuple(side_by_side(run, samples))
 
 
 def _jittered(source: GraphSource, samples: Sequence[Feeds]) -> tuple[tuple[Tensors, ...], ...]:
     graph = _load(source)
     if not is_quantized(graph):
         return ()
-    runs = []
-    for seed in range(_JITTERS):
-        run = _reference(jittered(graph, seed))
-        runs.append(tuple(run(feeds) for feeds in samples))
-    return tuple(runs)
+    count = max(1, math.ceil(_JITTERED / len(samples)))
+    return tuple(_all(_reference(jittered(graph, seed)), samples) for seed in range(count))
 
 
 def _judge_floor(measured: _Samples) -> SubjectParity:
