@@ -144,7 +144,7 @@ def measure(network: Network, plan: Plan) -> Iterator[Runs]:
             direct = replace(request, output=Path(folder) / "direct.cnncc", kernels=KernelOptions(winograd=False))
             compile(direct, cache=cache)
             others = (Subject(DIRECT, OURS, direct.output),)
-            request = replace(request, precision=INT8, calibration=Calibration("random", samples=8, equalize=False))
+            request = quantized(request)
         compile(request, cache=cache)
         operations = 2 * summarize(read_onnx(read_bundle(bundle).file(REFERENCE))).macs
         with open_field(bundle, plan.against, batch=0, cache=cache, lenient=True) as field:
@@ -160,7 +160,12 @@ def measure(network: Network, plan: Plan) -> Iterator[Runs]:
                     )
                     for _ in range(plan.repeat)
                 )
-                yield Runs(network.name, operations, measure_peak(threads), reports)
+                yield Runs(network.name, operations, measure_peak(threads, plan.precision), reports, plan.precision)
+
+
+def quantized(request: CompileRequest) -> CompileRequest:
+    """Return the request in int8, calibrated on random numbers: what is computed does not depend on the scales."""
+    return replace(request, precision=INT8, calibration=Calibration("random", samples=8, equalize=False))
 
 
 def _write(output: Path | None, found: list[Runs]) -> None:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.peak import FP32, UNITS
 from cnncc.compiler.bench.report import BenchmarkReport, Interval, Ratio, SubjectResult
 from cnncc.compiler.bench.statistics import geometric_mean
 
@@ -19,12 +20,14 @@ class Runs:
         operations: Of one inference: two for each multiply-add of its convolutions and matrix products.
         peak: Operations per second that this machine's vector units give on as many threads.
         reports: One per run.
+        precision: ``fp32``, or ``int8``, whose peak is the integer one, for peers in float too.
     """
 
     name: str
     operations: int
     peak: float
     reports: tuple[BenchmarkReport, ...]
+    precision: str = FP32
 
     @property
     def threads(self) -> int:
@@ -122,7 +125,7 @@ def summary(everything: Sequence[Runs]) -> Iterable[str]:
         yield f"geometric mean of ours / fastest peer: {geometric_mean(best):.3f} over {len(best)} networks"
         wins = sum(runs.versus(runs.fastest or "").high < 1 for runs in measured)
         yield f"faster than every peer, beyond doubt: {wins} of {len(measured)} networks"
-        yield f"peak: {measured[0].peak / 1e9:.0f} GFLOP/s, measured"
+        yield f"peak: {measured[0].peak / 1e9:.0f} {UNITS[measured[0].precision]}, measured"
 
 
 def _line(runs: Runs) -> str:

@@ -113,10 +113,17 @@ class Dots:
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """See `Products`."""
         own = tirx.Ramp(tir.index(first), tir.index(1), lanes)
-        return tir.store(held, [own], self._added(held[own], lanes, tirx.Broadcast(source, lanes), weight(own)))
+        return tir.store(held, [own], self.added(held[own], lanes, tirx.Broadcast(source, lanes), weight(own)))
 
-    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
-        """Return sums and products; here in plain arithmetic, for machines without an instruction."""
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """Return vectors of sums with products added; here in plain arithmetic, for machines without an instruction.
+
+        Args:
+            sums: int32, of so many lanes.
+            lanes: Of every operand.
+            pixel: Elements of steps, as int32.
+            weights: Elements of weights, as int32.
+        """
 
         def shifted(value: Any, number: int) -> Any:
             """Return one of the four bytes of each lane, sign and all."""
@@ -139,7 +146,8 @@ class FourDots(Dots):
 
     instruction: str = ""
 
-    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """See `Dots.added`."""
         operands = [tirx.reinterpret(f"{kind}x{4 * lanes}", value)
                     for kind, value in ((self.steps, pixel), (self.weights, weights))]  # fmt: skip
         return tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, sums, *operands)
@@ -156,7 +164,8 @@ class PairDots(Dots):
     steps: str = "int16"
     instruction: str = ""
 
-    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """See `Dots.added`."""
         operands = [tirx.reinterpret(f"int16x{2 * lanes}", value) for value in (pixel, weights)]
         added = sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, *operands)
         # LLVM would add the products of several steps to each other first, and spill them
