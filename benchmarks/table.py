@@ -84,7 +84,10 @@ def block(runs: Runs) -> Iterable[str]:
     ours = runs.reports[0].subjects[0].name
     threads = f"{runs.threads} thread{'s' if runs.threads > 1 else ''}"
     yield f"{runs.name}, {threads}, {runs.operations / 1e9:.3g} GFLOP"
-    yield f"  {'engine':22}{'ms':>9}{'ours/theirs':>13}  {'95 % interval':16}{'clock':7}{'':8}{'% peak':>7}{'MB':>7}"
+    yield (
+        f"  {'engine':22}{'computes':13}{'ms':>9}{'ours/theirs':>13}  {'95 % interval':16}{'clock':7}{'':8}"
+        f"{'% peak':>7}{'MB':>7}"
+    )
     for name in (ours, *runs.peers):
         yield _engine(runs, name)
     absent = {peer.name: peer.reason for report in runs.reports for peer in report.refused}
@@ -95,7 +98,7 @@ def block(runs: Runs) -> Iterable[str]:
 
 
 def _engine(runs: Runs, name: str) -> str:
-    line = f"  {name:22}{runs.latency(name) * 1e3:>9.3f}"
+    line = f"  {name:22}{runs.results(name)[0].precision:13}{runs.latency(name) * 1e3:>9.3f}"
     if name in runs.peers:
         found = runs.versus(name)
         interval = f"[{found.low:.2f}, {found.high:.2f}]"

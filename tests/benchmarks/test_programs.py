@@ -44,6 +44,20 @@ def test_peers_prints_ratios_and_the_reason_for_every_peer_that_is_missing(
 
 
 @pytest.mark.slow
+def test_peers_in_int8_says_what_everyone_multiplies() -> None:
+    result = run(
+        *("peers.py", "digits", "--precision", "int8", "--against", "ort,ort-int8", "--threads", "1", "--rounds", "2"),
+        *("--min-time", "0.02"),
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    engines = dict(
+        re.findall(r"^  (cnncc|ort|ort-int8|fp32-direct) +(int8|fp32, Q/DQ|fp32) +[\d.]+ ", result.stdout, re.M)
+    )
+    assert engines == {"cnncc": "int8", "ort": "fp32, Q/DQ", "ort-int8": "int8", "fp32-direct": "fp32"}
+    assert re.search(r"^peak: \d+ GOP/s, measured$", result.stdout, re.M)
+
+
+@pytest.mark.slow
 def test_peers_names_networks_that_it_cannot_measure() -> None:
     result = run("peers.py", "none.onnx", "--against", "ort")
     assert result.returncode == 1
