@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 EXTRAS := dev$(shell command -v ld.lld ld cc >/dev/null || echo ',cross')
 
 EXECUTORCH := $(VENV)/executorch
-EXECUTORCH_PYTHON = $(if $(wildcard $(EXECUTORCH)/bin/python),CNNCC_BENCH_PYTHON_EXECUTORCH=$(abspath $(EXECUTORCH)/bin/python))
+EXECUTORCH_PYTHON = $(if $(wildcard $(EXECUTORCH)/bin/python),$(foreach kind,EXECUTORCH EXECUTORCH_INT8,\
+    CNNCC_BENCH_PYTHON_$(kind)=$(abspath $(EXECUTORCH)/bin/python)))
 
 # Families of many foundries, so that those held back for testing look like none that was trained on
 FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averia-gwf fonts-averia-sans-gwf fonts-b612 \

@@ -2,8 +2,10 @@
 
 Convolutions and matrix products are given in GFLOP/s and as a share of this machine's measured peak, counted as if
 they were computed directly (Winograd's method may exceed it); everything else in GB/s of the tensors that it reads and
-writes. `ms` is all calls of a kernel that runs alone, its tensors in caches; `inside`, the same calls within an
-inference, where weights come from memory. The sums of both stand beside the latency of the whole network.
+writes. With `--precision int8`, kernels that multiply int8 are given in GOP/s and as a share of the integer peak;
+depthwise convolutions, which multiply the same steps as float32, as a share of the peak of float32. `ms` is all calls
+of a kernel that runs alone, its tensors in caches; `inside`, the same calls within an inference, where weights come
+from memory. The sums of both stand beside the latency of the whole network.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.models import Network, find  # noqa: E402
-from benchmarks.peak import measure_peak  # noqa: E402
-from benchmarks.peers import parse_threads  # noqa: E402
+from benchmarks.peak import UNITS, measure_peak  # noqa: E402
+from benchmarks.peers import parse_threads, quantized  # noqa: E402
 from cnncc.compiler import compile  # noqa: E402
 from cnncc.compiler.inspection import summarize  # noqa: E402
-from cnncc.compiler.pipeline import CompileRequest  # noqa: E402
+from cnncc.compiler.pipeline import FP32, INT8, CompileRequest  # noqa: E402
 from cnncc.graph.onnx_graph import OnnxGraph  # noqa: E402
 from cnncc.graph.reader import load_trusted  # noqa: E402
 from cnncc.targets.devices import resolve_profile  # noqa: E402
@@ -47,12 +49,14 @@ class Kernel:
         rule: That scheduled it.
         parameters: dtype and shape of each tensor it reads or writes.
         calls: For one inference, the nodes that each computes.
+        precision: Of what it multiplies: ``int8`` by int8, or ``fp32``.
     """
 
     name: str
     rule: str
     parameters: tuple[Parameter, ...]
     calls: tuple[tuple[int, ...], ...]
+    precision: str = FP32
 
     @property
     def bytes(self) -> int:
@@ -85,12 +89,13 @@ class Times:
     "--threads", multiple=True, default=("1", "2"), callback=parse_threads, help="Repeatable.  [default: 1,2]"
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
-def main(models: tuple[str, ...], threads: tuple[int, ...], rounds: int) -> None:
+@click.option("--precision", type=click.Choice([FP32, INT8]), default=FP32, show_default=True, help="Of the engine.")
+def main(models: tuple[str, ...], threads: tuple[int, ...], rounds: int, precision: str) -> None:
     """Print the kernels of MODELS: names of the built-in networks, or what `cnncc compile` takes."""
     failed = False
     for network in find(models):
         try:
-            for line in measure(network, threads, rounds):
+            for line in measure(network, threads, rounds, precision):
                 click.echo(line)
         except CnnccError as exc:
             click.echo(f"{network.name}: {exc}\n")
@@ -98,22 +103,30 @@ def main(models: tuple[str, ...], threads: tuple[int, ...], rounds: int) -> None
     raise SystemExit(int(failed))
 
 
-def measure(network: Network, threads: Sequence[int], rounds: int) -> Iterator[str]:
+def measure(network: Network, threads: Sequence[int], rounds: int, precision: str) -> Iterator[str]:
     """Compile a network for this machine, time its kernels, and yield the lines of its tables.
+
+    Args:
+        network: The network.
+        threads: Numbers of threads; a table for each.
+        rounds: Interleaved rounds of each.
+        precision: ``fp32``, or ``int8`` calibrated on random numbers.
 
     Raises:
         CnnccError: It could not be compiled, verified or run.
     """
     with tempfile.TemporaryDirectory(prefix="cnncc-kernels-") as folder:
         path = Path(folder) / "model.cnncc"
-        compile(CompileRequest(network.request, resolve_profile("host"), path))
+        request = CompileRequest(network.request, resolve_profile("host"), path)
+        compile(quantized(request) if precision == INT8 else request)
         bundle = read_bundle(path)
         graph = load_trusted(bundle.file(REFERENCE))
         kernels = find_kernels(graph, next(iter(bundle.manifest.engine.entries.values())))
         macs = [layer.macs for layer in summarize(graph).layers]
         for count in threads:
             times = time_kernels(path, kernels, count, rounds)
-            yield from table(network.name, kernels, times, macs, measure_peak(count), count)
+            peaks = {each: measure_peak(count, each) for each in dict.fromkeys((precision, FP32))}
+            yield from table(network.name, kernels, times, macs, peaks, count)
 
 
 def find_kernels(graph: OnnxGraph, entry: str) -> tuple[Kernel, ...]:
@@ -126,6 +139,7 @@ def find_kernels(graph: OnnxGraph, entry: str) -> tuple[Kernel, ...]:
     from cnncc.targets.llvm.machine import machine_of, target_options
     from cnncc.targets.llvm.pipeline import lower
     from cnncc.targets.llvm.quiet import quiet
+    from cnncc.targets.llvm.schedule.conv2d import IntegerConv2d
 
     profile = named(resolve_profile("host"))
     with quiet():
@@ -135,10 +149,13 @@ def find_kernels(graph: OnnxGraph, entry: str) -> tuple[Kernel, ...]:
     calls: dict[str, list[tuple[int, ...]]] = {}
     for call in lowered.calls[entry]:
         calls.setdefault(str(call.kernel), []).append(tuple(call.nodes))
-    return tuple(
-        Kernel(name, lowered.kernels[name].rule, _parameters(lowered.module[name]), tuple(nodes))
-        for name, nodes in calls.items()
-    )
+    integer = IntegerConv2d().name
+    found = []
+    for name, nodes in calls.items():
+        rule = lowered.kernels[name].rule
+        precision = INT8 if rule.startswith(integer) else FP32
+        found.append(Kernel(name, rule, _parameters(lowered.module[name]), tuple(nodes), precision))
+    return tuple(found)
 
 
 def _parameters(function: Any) -> tuple[Parameter, ...]:
@@ -186,13 +203,29 @@ def operations_of(kernels: Sequence[Kernel], times: Times, macs: Sequence[int]) 
 
 
 def table(
-    name: str, kernels: Sequence[Kernel], times: Times, macs: Sequence[int], peak: float, threads: int
+    name: str,
+    kernels: Sequence[Kernel],
+    times: Times,
+    macs: Sequence[int],
+    peaks: Mapping[str, float],
+    threads: int,
 ) -> Iterator[str]:
-    """Yield the lines of one table, the kernels that take longest first."""
+    """Yield the lines of one table, the kernels that take longest first.
+
+    Args:
+        name: Of the network.
+        kernels: Of the network.
+        times: Of the kernels and the network.
+        macs: Multiply-adds of each node.
+        peaks: Precision → operations per second; first that of the network.
+        threads: That computed.
+    """
     operations = operations_of(kernels, times, macs)
     spent = {kernel.name: times.kernels[kernel.name] * len(kernel.calls) for kernel in kernels}
     total = sum(spent.values())
-    yield f"{name}, {threads} thread{'s' * (threads > 1)}, peak {peak / 1e9:.0f} GFLOP/s"
+    precision, peak = next(iter(peaks.items()))
+    others = "".join(f", of {each} {peaks[each] / 1e9:.0f} {UNITS[each]}" for each in peaks if each != precision)
+    yield f"{name}, {threads} thread{'s' * (threads > 1)}, peak {peak / 1e9:.0f} {UNITS[precision]}{others}"
     yield (
         f"  {'kernel':34}{'rule':14}{'calls':>6}{'ms/call':>10}{'ms':>9}{'inside':>9}{'%':>5}{'rate':>14}{'% peak':>8}"
         "  shapes"
@@ -202,7 +235,8 @@ def table(
         rate, share = f"{kernel.bytes / seconds / 1e9:.1f} GB/s", ""
         if operations[kernel.name]:
             speed = operations[kernel.name] / seconds
-            rate, share = f"{speed / 1e9:.1f} GFLOP/s", f"{100 * speed / peak:.0f}"
+            rate = f"{speed / 1e9:.1f} {UNITS[kernel.precision]}"
+            share = f"{100 * speed / peaks[kernel.precision]:.0f}"
         shapes = " ".join("×".join(map(str, shape)) or "scalar" for _dtype, shape in kernel.parameters)
         yield (
             f"  {_short(kernel.name, 33):34}{kernel.rule:14}{len(kernel.calls):>6}{seconds * 1e3:>10.4f}"
@@ -214,7 +248,7 @@ def table(
     yield (
         f"  kernels {total * 1e3:.3f} ms alone, {inside * 1e3:.3f} ms inside the network "
         f"({100 * (inside / total - 1):+.1f} %), network {times.network * 1e3:.3f} ms "
-        f"({100 * (times.network / inside - 1):+.1f} %): {speed / 1e9:.1f} GFLOP/s, "
+        f"({100 * (times.network / inside - 1):+.1f} %): {speed / 1e9:.1f} {UNITS[precision]}, "
         f"{100 * speed / peak:.0f} % of the peak\n"
     )
 

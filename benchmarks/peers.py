@@ -25,7 +25,7 @@ from benchmarks.peak import measure_peak  # noqa: E402
 from benchmarks.table import Runs, block, summary  # noqa: E402
 from cnncc.compiler import compile  # noqa: E402
 from cnncc.compiler.bench.bundle import open_field  # noqa: E402
-from cnncc.compiler.bench.subjects import OURS, Subject, check_names, peers  # noqa: E402
+from cnncc.compiler.bench.subjects import KINDS, OURS, Subject, check_names, peers  # noqa: E402
 from cnncc.compiler.cache import Cache, default_cache_folder  # noqa: E402
 from cnncc.compiler.calibration import Calibration  # noqa: E402
 from cnncc.compiler.inspection import summarize  # noqa: E402
@@ -40,6 +40,14 @@ from cnncc_runtime.files import atomic_file  # noqa: E402
 
 SLOWER_ELSEWHERE = ("torch",)
 """Peers that are left out unless asked for: PyTorch is measured in its faster layout."""
+
+
+def usual_peers(precision: str) -> tuple[str, ...]:
+    """Return the peers that are measured unless others are asked for: in int8, those that read Q/DQ or quantize."""
+    if precision == INT8:
+        return tuple(name for name in peers() if KINDS[name].qdq or KINDS[name].quantizes)
+    return tuple(name for name in peers() if name not in SLOWER_ELSEWHERE and not KINDS[name].quantizes)
+
 
 AGREEMENT = 1e-3
 """Largest relative L2 distance to the first peer. Winograd's rounding stays below 1e-4 in the deepest of these
@@ -83,7 +91,11 @@ def parse_threads(_context: click.Context, _option: click.Parameter, values: tup
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--against", help=f"Peers, separated by commas, of {', '.join(peers())}.  [default: all but torch]")
+@click.option(
+    "--against",
+    help=f"Peers, separated by commas, of {', '.join(peers())}.  [default: all but torch and int8; in int8 "
+    f"{', '.join(usual_peers(INT8))}]",
+)
 @click.option(
     "--threads", multiple=True, default=("1", "2"), callback=parse_threads, help="Repeatable.  [default: 1,2]"
 )
@@ -103,7 +115,7 @@ def main(
     output: Path | None,
 ) -> None:
     """Print our latency relative to peers on MODELS: names of the built-in networks, or what `cnncc compile` takes."""
-    chosen = against.split(",") if against is not None else [name for name in peers() if name not in SLOWER_ELSEWHERE]
+    chosen = against.split(",") if against is not None else usual_peers(precision)
     plan = Plan(tuple(name for name in chosen if name), threads, rounds, min_time, repeat, precision)
     try:
         check_names(plan.against)
@@ -143,9 +155,8 @@ def measure(network: Network, plan: Plan) -> Iterator[Runs]:
         if plan.precision == INT8:
             direct = replace(request, output=Path(folder) / "direct.cnncc", kernels=KernelOptions(winograd=False))
             compile(direct, cache=cache)
-            others = (Subject(DIRECT, OURS, direct.output),)
-            calibration = Calibration("random", samples=8, equalize=False)
-            request = replace(request, precision=INT8, calibration=calibration, allow_slow=True)
+            others = (Subject(DIRECT, OURS, direct.output, FP32, approximate=True),)
+            request = quantized(request)
         compile(request, cache=cache)
         operations = 2 * summarize(read_onnx(read_bundle(bundle).file(REFERENCE))).macs
         with open_field(bundle, plan.against, batch=0, cache=cache, lenient=True) as field:
@@ -161,7 +172,13 @@ def measure(network: Network, plan: Plan) -> Iterator[Runs]:
                     )
                     for _ in range(plan.repeat)
                 )
-                yield Runs(network.name, operations, measure_peak(threads), reports)
+                yield Runs(network.name, operations, measure_peak(threads, plan.precision), reports, plan.precision)
+
+
+def quantized(request: CompileRequest) -> CompileRequest:
+    """Return the request in int8, calibrated on random numbers: what is computed does not depend on the scales."""
+    calibration = Calibration("random", samples=8, equalize=False)
+    return replace(request, precision=INT8, calibration=calibration, allow_slow=True)
 
 
 def _write(output: Path | None, found: list[Runs]) -> None:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.peak import FP32, UNITS
 from cnncc.compiler.bench.report import BenchmarkReport, Interval, Ratio, SubjectResult
 from cnncc.compiler.bench.statistics import geometric_mean
 
@@ -19,12 +20,14 @@ class Runs:
         operations: Of one inference: two for each multiply-add of its convolutions and matrix products.
         peak: Operations per second that this machine's vector units give on as many threads.
         reports: One per run.
+        precision: ``fp32``, or ``int8``, whose peak is the integer one, for peers in float too.
     """
 
     name: str
     operations: int
     peak: float
     reports: tuple[BenchmarkReport, ...]
+    precision: str = FP32
 
     @property
     def threads(self) -> int:
@@ -81,7 +84,10 @@ def block(runs: Runs) -> Iterable[str]:
     ours = runs.reports[0].subjects[0].name
     threads = f"{runs.threads} thread{'s' if runs.threads > 1 else ''}"
     yield f"{runs.name}, {threads}, {runs.operations / 1e9:.3g} GFLOP"
-    yield f"  {'engine':22}{'ms':>9}{'ours/theirs':>13}  {'95 % interval':16}{'clock':7}{'':8}{'% peak':>7}{'MB':>7}"
+    yield (
+        f"  {'engine':22}{'computes':13}{'ms':>9}{'ours/theirs':>13}  {'95 % interval':16}{'clock':7}{'':8}"
+        f"{'% peak':>7}{'MB':>7}"
+    )
     for name in (ours, *runs.peers):
         yield _engine(runs, name)
     absent = {peer.name: peer.reason for report in runs.reports for peer in report.refused}
@@ -92,7 +98,7 @@ def block(runs: Runs) -> Iterable[str]:
 
 
 def _engine(runs: Runs, name: str) -> str:
-    line = f"  {name:22}{runs.latency(name) * 1e3:>9.3f}"
+    line = f"  {name:22}{runs.results(name)[0].precision:13}{runs.latency(name) * 1e3:>9.3f}"
     if name in runs.peers:
         found = runs.versus(name)
         interval = f"[{found.low:.2f}, {found.high:.2f}]"
@@ -122,7 +128,7 @@ def summary(everything: Sequence[Runs]) -> Iterable[str]:
         yield f"geometric mean of ours / fastest peer: {geometric_mean(best):.3f} over {len(best)} networks"
         wins = sum(runs.versus(runs.fastest or "").high < 1 for runs in measured)
         yield f"faster than every peer, beyond doubt: {wins} of {len(measured)} networks"
-        yield f"peak: {measured[0].peak / 1e9:.0f} GFLOP/s, measured"
+        yield f"peak: {measured[0].peak / 1e9:.0f} {UNITS[measured[0].precision]}, measured"
 
 
 def _line(runs: Runs) -> str:

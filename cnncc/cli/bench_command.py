@@ -12,7 +12,7 @@ from cnncc.cli.options import open_cache, usable_threads
 from cnncc.cli.render import MARKS, Render, size_text, time_text
 
 if TYPE_CHECKING:
-    from cnncc.compiler.bench.report import BenchmarkReport, Interval, SubjectResult
+    from cnncc.compiler.bench.report import BenchmarkReport, Interval, Ratio, SubjectResult
 
 
 @click.command(name="bench")
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     "--against",
     default="ort",
     show_default=True,
-    help="Peers: ort, openvino, mnn, ncnn, executorch, torch, torch-channels-last, torch-compile.",
+    help="Peers: ort, openvino, mnn, ncnn, executorch, torch, torch-channels-last, torch-compile; ort-int8 and "
+    "executorch-int8, quantized by their own tools.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of every engine.  [default: usable cores]")
 @click.option("--rounds", type=click.IntRange(2, 10_000), default=12, show_default=True, help="Interleaved rounds.")
@@ -79,16 +80,15 @@ def command(
 def _text(render: Render, report: BenchmarkReport) -> None:
     for ratio in report.ratios:
         found = ratio.trusted
-        peer = report.subject(ratio.peer)
         render.line(
-            f"[bold]{_verdict(found)} {peer.title if peer else ratio.peer}[/]  [dim]latency ratio {found.value:.3g}, "
+            f"[bold]{_verdict(found)} {_title(report, ratio)}[/]  [dim]latency ratio {found.value:.3g}, "
             f"95 % interval {found.low:.3g}–{found.high:.3g}, {ratio.basis} time[/]"
         )
     render.line()
     render.table(
-        ["engine", "version", "p50", "p90", "p99", "per second", "open", "peak RSS", "file"],
+        ["engine", "version", "computes", "p50", "p90", "p99", "per second", "open", "peak RSS", "file"],
         [_row(subject) for subject in report.subjects],
-        right=list(range(2, 9)),
+        right=list(range(3, 10)),
     )
     machine = report.machine
     render.line()
@@ -97,6 +97,14 @@ def _text(render: Render, report: BenchmarkReport) -> None:
     render.line(f"{machine.model}, {report.threads} of {machine.cores} cores{clock}{governor}, {report.rounds} rounds")
     for reason in report.noise.reasons:
         render.line(f"{MARKS['note']} noisy machine: {reason}")
+
+
+def _title(report: BenchmarkReport, ratio: Ratio) -> str:
+    """Return a peer's title; where it computes otherwise than we do, in what."""
+    ours, peer = report.subject(ratio.subject), report.subject(ratio.peer)
+    if ours is None or peer is None:
+        return ratio.peer
+    return peer.title if peer.precision == ours.precision else f"{peer.title} ({peer.precision})"
 
 
 def _verdict(found: Interval) -> str:
@@ -112,6 +120,7 @@ def _row(subject: SubjectResult) -> list[str]:
     return [
         subject.title,
         subject.version,
+        subject.precision,
         time_text(wall.p50 * 1e3),
         "–" if wall.p90 is None else time_text(wall.p90 * 1e3),
         "–" if wall.p99 is None else time_text(wall.p99 * 1e3),

@@ -163,7 +163,7 @@ def _inverse(interval: Interval) -> Interval:
 
 
 def _subject(name: str, bundle: Path) -> Subject:
-    return Subject(name, OURS, bundle, {"unverified": "yes"})  # only what is chosen will be proven
+    return Subject(name, OURS, bundle, options={"unverified": "yes"})  # only what is chosen will be proven
 
 
 def predicted(cycles: Mapping[str, float], machine: str) -> Payoff:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -35,7 +38,7 @@ def test_the_bytes_of_a_kernel_are_those_of_its_tensors() -> None:
 
 
 def test_the_table_sums_calls_and_compares_them_with_the_network() -> None:
-    text = "\n".join(table("net", KERNELS, TIMES, MACS, 1e10, 1))
+    text = "\n".join(table("net", KERNELS, TIMES, MACS, {"fp32": 1e10}, 1))
     assert "net, 1 thread, peak 10 GFLOP/s" in text
     assert "kernels 0.010 ms alone, 0.011 ms inside the network (+10.0 %), network 0.012 ms (+10.0 %)" in text
     assert "1.3 GFLOP/s, 13 % of the peak" in text
@@ -45,6 +48,17 @@ def test_the_table_sums_calls_and_compares_them_with_the_network() -> None:
     [moves] = [line for line in text.splitlines() if "winograd_input" in line]
     assert "0.5 GB/s" in moves
     assert moves.endswith("1×8×4×4")
+
+
+def test_what_multiplies_int8_is_held_to_the_integer_peak_and_what_multiplies_floats_is_not() -> None:
+    kernels = (replace(DIRECT, rule="int8", precision="int8"), INPUT, PRODUCT)
+    text = "\n".join(table("net", kernels, TIMES, MACS, {"int8": 4e10, "fp32": 1e10}, 1))
+    assert "net, 1 thread, peak 40 GOP/s, of fp32 10 GFLOP/s" in text
+    [integer] = [line for line in text.splitlines() if "direct" in line]
+    assert re.search(r"2\.0 GOP/s +5  ", integer)  # 4000 operations in 2 µs, of 40 GOP/s
+    [floating] = [line for line in text.splitlines() if "winograd_product" in line]
+    assert re.search(r"1\.6 GFLOP/s +16  ", floating)
+    assert "1.3 GOP/s, 3 % of the peak" in text
 
 
 @pytest.mark.parametrize(

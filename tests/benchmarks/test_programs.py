@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import NETWORKS, find
+from cnncc.targets.devices import resolve_profile
 from tests.conftest import ROOT
 
 
@@ -43,6 +44,20 @@ def test_peers_prints_ratios_and_the_reason_for_every_peer_that_is_missing(
 
 
 @pytest.mark.slow
+def test_peers_in_int8_says_what_everyone_multiplies() -> None:
+    result = run(
+        *("peers.py", "digits", "--precision", "int8", "--against", "ort,ort-int8", "--threads", "1", "--rounds", "2"),
+        *("--min-time", "0.02"),
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    engines = dict(
+        re.findall(r"^  (cnncc|ort|ort-int8|fp32-direct) +(int8|fp32, Q/DQ|fp32) +[\d.]+ ", result.stdout, re.M)
+    )
+    assert engines == {"cnncc": "int8", "ort": "fp32, Q/DQ", "ort-int8": "int8", "fp32-direct": "fp32"}
+    assert re.search(r"^peak: \d+ GOP/s, measured$", result.stdout, re.M)
+
+
+@pytest.mark.slow
 def test_peers_names_networks_that_it_cannot_measure() -> None:
     result = run("peers.py", "none.onnx", "--against", "ort")
     assert result.returncode == 1
@@ -67,6 +82,16 @@ def test_kernels_prints_every_kernel_and_their_sum() -> None:
 
 
 @pytest.mark.slow
+def test_kernels_of_an_int8_engine_are_held_to_the_integer_peak() -> None:
+    result = run("kernels.py", "digits", "--rounds", "1", "--threads", "1", "--precision", "int8")
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert re.search(r"^digits, 1 thread, peak \d+ GOP/s, of fp32 \d+ GFLOP/s$", result.stdout, re.M)
+    shares = [int(share) for share in re.findall(r" int8 .* GOP/s +(\d+)  ", result.stdout)]
+    assert len(shares) == 4  # two convolutions, two matrix products
+    assert all(share <= 110 for share in shares)  # all of them direct; a noisy machine may measure too low a peak
+
+
+@pytest.mark.slow
 def test_threads_prints_the_cost_of_a_loop_and_of_a_neighbour() -> None:
     result = run("threads.py", "digits", "--threads", "2", "--rounds", "3")
     assert result.returncode == 0, result.stderr
@@ -75,12 +100,28 @@ def test_threads_prints_the_cost_of_a_loop_and_of_a_neighbour() -> None:
 
 
 @pytest.mark.slow
-def test_the_peak_is_more_than_a_scalar_unit_gives() -> None:
-    result = run("peak.py", "--json")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_peak_is_more_than_a_scalar_unit_gives(precision: str) -> None:
+    result = run("peak.py", "--precision", precision, "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
+    assert found["precision"] == precision
     assert found["lanes"] >= 4
     assert found["operations_per_second"] > 2e9 * found["lanes"] / 4
+
+
+@pytest.mark.slow
+def test_the_integer_peak_is_as_many_times_that_of_float32_as_its_instruction_multiplies() -> None:
+    """Four with VNNI and NEON; two at most with pairs of int16, which a second instruction adds up."""
+    features = set(resolve_profile("host").features)
+    if not features & {"avx512vnni", "avxvnni", "avx2", "dotprod"}:
+        pytest.skip("this machine has no instruction for products of int8")
+    rates = [
+        json.loads(run("peak.py", "--precision", precision, "--json").stdout)["operations_per_second"]
+        for precision in ("int8", "fp32")
+    ]
+    least = 1.2 if not features & {"avx512vnni", "avxvnni", "dotprod"} else 2.5
+    assert least < rates[0] / rates[1] < 4.5
 
 
 def test_networks_have_names_of_their_own_and_others_are_models() -> None:

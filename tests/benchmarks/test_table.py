@@ -26,7 +26,7 @@ REFUSED = (Refused("far", "Far is not installed – pip install far"),)
 def result(name: str, seconds: float, memory: int) -> SubjectResult:
     latency = Latency(seconds, seconds, seconds, None, None, 0.01)
     return SubjectResult(
-        name, name, name, "1", 50, 9, True, latency, latency, 1 / seconds, 0.1, 0.2, memory, 8, 7, 0, None
+        name, name, name, "1", "fp32", 50, 9, True, latency, latency, 1 / seconds, 0.1, 0.2, memory, 8, 7, 0, None
     )
 
 

@@ -173,6 +173,19 @@ def test_compile_takes_a_table_that_was_made_before(digits: Digits, table: Path,
     assert read_bundle(bundle).file("calibration.json").read_bytes() == table.read_bytes()
 
 
+@pytest.mark.slow
+def test_bench_says_what_every_engine_multiplies(digits: Digits, table: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "d8.cnncc"
+    call("compile", *model(digits), "--precision", "int8", "--calib", table, "-o", bundle)
+    short = ("--rounds", "2", "--min-time", "0.01", "--threads", "1")
+    outcome = call("bench", bundle, "--against", "ort,ort-int8,torch", *short, "--json")
+    found = {subject["name"]: subject["precision"] for subject in outcome.document["subjects"]}
+    assert found == {"cnncc": "int8", "ort": "fp32, Q/DQ", "ort-int8": "int8", "torch": "fp32"}
+    shown = call("bench", bundle, "--against", "torch,ort-int8", *short).stdout
+    assert "PyTorch (fp32)" in shown
+    assert "ONNX Runtime, its int8 " in shown
+
+
 def test_auto_keeps_in_float_what_the_budget_needs(digits: Digits, data: Path, table: Path, tmp_path: Path) -> None:
     reached = read_table(table).sqnr_db
     assert reached is not None

@@ -4,7 +4,8 @@ An adapter is told four things in order: ``load`` the library, ``open`` an engin
 any number of times. What a user would do once is done in ``bind``; ``run`` is what is timed. A library that reads a
 form of its own has an adapter that makes it, too: ``convert``, once per model, in a process that ends afterwards.
 
-Everybody computes in float32, with as many threads as they are told, and reports to nobody.
+Everybody computes in float32, or in int8 where a model or its name says so (`Subject.precision`), with as many threads
+as they are told, and reports to nobody.
 """
 
 from __future__ import annotations
@@ -142,8 +143,18 @@ class OnnxRuntimeAdapter:
         return list(self.run())
 
 
+class OnnxRuntimeInt8Adapter(OnnxRuntimeAdapter):
+    """ONNX Runtime on a model that its own tool quantized."""
+
+    def convert(self, source: Path, folder: Path) -> Path:
+        """Make an ``.onnx`` file in int8 of one in float32, or of one with our Q/DQ."""
+        from cnncc.compiler.bench.ort_int8 import convert
+
+        return convert(source, folder)
+
+
 class OpenVinoAdapter:
-    """OpenVINO on the CPU, one stream, for latency."""
+    """OpenVINO on the CPU, one stream, for latency; a model with Q/DQ it multiplies in int8."""
 
     def __init__(self, options: dict[str, str]) -> None:
         del options  # it has none
@@ -316,10 +327,14 @@ class NcnnAdapter:
 
 
 class ExecuTorchAdapter:
-    """ExecuTorch with XNNPACK, from an exported program."""
+    """ExecuTorch with XNNPACK, from an exported program.
+
+    Args:
+        options: ``precision`` (``int8``: quantized by PyTorch's tool for XNNPACK).
+    """
 
     def __init__(self, options: dict[str, str]) -> None:
-        del options  # it has none
+        self._int8 = options.get("precision") == "int8"
         self._method: Any = None
         self._feeds: list[Any] = []
 
@@ -330,6 +345,10 @@ class ExecuTorchAdapter:
         from executorch.exir import to_edge_transform_and_lower
 
         program = torch.export.load(source)  # cnncc's own, as in `TorchAdapter`
+        if self._int8:
+            from cnncc.compiler.bench.executorch_int8 import quantize
+
+            program = quantize(program)
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
         made = folder / "model.pte"
         made.write_bytes(lowered.buffer)

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnncc.calibration.plan import PRODUCTS
 from cnncc.compiler.bench.conversion import convert_subjects
 from cnncc.compiler.bench.referee import Referee
 from cnncc.compiler.bench.report import BenchmarkReport
 from cnncc.compiler.bench.runner import AGREEMENT_LIMIT, run_benchmark
-from cnncc.compiler.bench.subjects import KINDS, OURS, Subject, check_names, make_subjects
+from cnncc.compiler.bench.subjects import FLOAT_QDQ, FP32, INT8, KINDS, OURS, Subject, check_names, make_subjects
 from cnncc.compiler.cache import Cache
 from cnncc.compiler.reporting import Reporter
 from cnncc.graph.feeds import random_feeds
@@ -80,7 +81,7 @@ def open_field(
     check_names(against)
     bundle = read_bundle(path)
     referee = Referee(lenient=lenient)
-    subjects = [Subject(OURS, OURS, path)]
+    subjects = [Subject(OURS, OURS, path, _executed(bundle))]
     for name in against:
         with referee.watch(name):
             subjects += _peer(name, bundle, cache)
@@ -126,7 +127,20 @@ def _peer(name: str, bundle: Bundle, cache: Cache) -> tuple[Subject, ...]:
     if kind.form == "program":
         with contextlib.suppress(*([UsageError] if kind.fallback else [])):
             program = _program(bundle, cache)
-    return make_subjects(None, [name], onnx=onnx, program=program)
+    return make_subjects(None, [name], onnx=onnx, program=program, quantized=_quantized(bundle))
+
+
+def _quantized(bundle: Bundle) -> bool:
+    """Whether a bundle was built from a model with Q/DQ."""
+    return any("QuantizeLinear" in layer.ops for layer in bundle.manifest.layers)
+
+
+def _executed(bundle: Bundle) -> str:
+    """Return what a bundle multiplies, by its list of kernels."""
+    if not _quantized(bundle):
+        return FP32
+    products = {layer.precision for layer in bundle.manifest.layers if PRODUCTS.intersection(layer.ops)}
+    return INT8 if INT8 in products else FLOAT_QDQ
 
 
 def _batch(bundle: Bundle, batch: int) -> int:

@@ -12,7 +12,7 @@ import msgspec
 from cnncc.compiler.bench.machine import Machine
 from cnncc_runtime.errors import BudgetExceeded, BundleRefused, UsageError
 
-SCHEMA = "cnncc.benchmark/1"
+SCHEMA = "cnncc.benchmark/2"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class SubjectResult:
         kind: Key of `cnncc.compiler.bench.subjects.KINDS`.
         title: As tables show it.
         version: Of its library.
+        precision: What it multiplies: ``fp32``, ``int8``, or ``fp32, Q/DQ``: floats, rounded to int8 in between.
         runs: Measured runs.
         warm_up_runs: Runs before them.
         settled: Whether the warm-up's latency settled before its time was up.
@@ -64,6 +65,7 @@ class SubjectResult:
     kind: str
     title: str
     version: str
+    precision: str
     runs: int
     warm_up_runs: int
     settled: bool

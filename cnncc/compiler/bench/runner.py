@@ -10,6 +10,7 @@ import contextlib
 import math
 import random
 import resource
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def run_benchmark(
         seed: Of the order.
         timeout: Seconds that one step of one subject (opening it, a round) may take.
         progress: Told how far the benchmark is.
-        agreement: Largest relative L2 distance between subjects' outputs.
+        agreement: Largest relative L2 distance between subjects' outputs. An approximation's are only reported.
         referee: Says whether to go on without peers that fail; without one, their errors are raised.
 
     Raises:
@@ -323,8 +324,9 @@ def _take_turn(turn: _Turns, runs: int) -> None:
 
 
 def _reference(turns: Sequence[_Turns]) -> _Turns:
-    """Return the subject that the others are compared with: the first peer, or ours where it is alone."""
-    return next((turn for turn in turns if turn.subject.kind != OURS), turns[0])
+    """Return the subject that the others are compared with: the first peer that runs our very model, or ours."""
+    exact = (turn for turn in turns if turn.subject.kind != OURS and not turn.subject.approximate)
+    return next(exact, turns[0])
 
 
 def _agreement(turns: Sequence[_Turns]) -> dict[str, float | None]:
@@ -355,7 +357,8 @@ def _refuse_disagreement(turns: Sequence[_Turns], course: _Course) -> None:
     bad = {
         turn.subject.name: _difference(reference, turn, distance)
         for turn in turns
-        if (distance := _agreement([reference, turn])[turn.subject.name]) is not None and distance > course.agreement
+        if (distance := _agreement([reference, turn])[turn.subject.name]) is not None
+        and distance > _limit(reference.subject, turn.subject, course)
     }
     if not bad:
         return
@@ -365,6 +368,11 @@ def _refuse_disagreement(turns: Sequence[_Turns], course: _Course) -> None:
     for name, text in bad.items():
         one = ParityFailed(f"it does not compute what {reference.subject.name} computes: {text}")
         course.referee.refuse(name, one, otherwise=everyone)
+
+
+def _limit(one: Subject, other: Subject, course: _Course) -> float:
+    """Return how far apart two subjects' outputs may lie."""
+    return sys.float_info.max if one.approximate or other.approximate else course.agreement
 
 
 def _difference(reference: _Turns, turn: _Turns, distance: float) -> str:
@@ -391,6 +399,7 @@ def _result(turn: _Turns, batch: int, agreement: float | None) -> SubjectResult:
         kind=kind.name,
         title=kind.title,
         version=turn.opened.version,
+        precision=turn.subject.precision,
         runs=sum(len(times) for times in turn.wall),
         warm_up_runs=len(turn.warm.wall),
         settled=turn.warm.settled,

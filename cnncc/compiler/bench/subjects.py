@@ -16,7 +16,15 @@ from cnncc_runtime.errors import DependencyMissing, UsageError
 
 OURS = "cnncc"
 
+FP32, INT8 = "fp32", "int8"
+FLOAT_QDQ = "fp32, Q/DQ"
+"""What a subject multiplies: floats, int8, or floats that a Q/DQ model rounds to int8 in between."""
+
 _ADAPTERS = "cnncc.compiler.bench.adapters"
+
+
+def _variable(name: str) -> str:
+    return "CNNCC_BENCH_PYTHON_" + name.upper().replace("-", "_")
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class Kind:
         fallback: What it reads where a model is not at hand in that form; empty for nothing else.
         converts: Whether the adapter makes a form of its own of that, once
             (`cnncc.compiler.bench.adapters.Converter`).
+        qdq: What it multiplies where an ``onnx`` model has Q/DQ: `INT8` or `FLOAT_QDQ`; empty where it cannot run it.
+        quantizes: Whether the adapter makes int8 of the float32 model by the library's own tool.
     """
 
     name: str
@@ -45,11 +55,13 @@ class Kind:
     options: dict[str, str] = field(default_factory=dict)
     fallback: str = ""
     converts: bool = False
+    qdq: str = ""
+    quantizes: bool = False
 
     @property
     def variable(self) -> str:
         """Environment variable that may name the Python to run it with, for a library that needs one of its own."""
-        return "CNNCC_BENCH_PYTHON_" + self.name.upper().replace("-", "_")
+        return _variable(self.name)
 
     @property
     def python(self) -> str:
@@ -65,7 +77,23 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(OURS, "cnncc", f"{_ADAPTERS}:CnnccAdapter", "cnncc_runtime", "pip install cnncc-runtime", "bundle"),
         Kind(
-            "ort", "ONNX Runtime", f"{_ADAPTERS}:OnnxRuntimeAdapter", "onnxruntime", "pip install onnxruntime", "onnx"
+            "ort",
+            "ONNX Runtime",
+            f"{_ADAPTERS}:OnnxRuntimeAdapter",
+            "onnxruntime",
+            "pip install onnxruntime",
+            "onnx",
+            qdq=FLOAT_QDQ,
+        ),
+        Kind(
+            "ort-int8",
+            "ONNX Runtime, its int8",
+            f"{_ADAPTERS}:OnnxRuntimeInt8Adapter",
+            "onnxruntime",
+            "pip install onnxruntime",
+            "onnx",
+            converts=True,
+            quantizes=True,
         ),
         Kind("torch", "PyTorch", _TORCH, "torch", "pip install torch", "program"),
         Kind(
@@ -80,7 +108,9 @@ KINDS: dict[str, Kind] = {
         Kind(
             "torch-compile", "torch.compile", _TORCH, "torch", "pip install torch", "program", {"compile": "inductor"}
         ),
-        Kind("openvino", "OpenVINO", f"{_ADAPTERS}:OpenVinoAdapter", "openvino", "pip install openvino", "onnx"),
+        Kind(
+            "openvino", "OpenVINO", f"{_ADAPTERS}:OpenVinoAdapter", "openvino", "pip install openvino", "onnx", qdq=INT8
+        ),
         Kind("mnn", "MNN", f"{_ADAPTERS}:MnnAdapter", "MNN", "pip install MNN", "onnx", converts=True),
         Kind(
             "ncnn",
@@ -92,14 +122,22 @@ KINDS: dict[str, Kind] = {
             fallback="onnx",
             converts=True,
         ),
-        Kind(
-            "executorch",
-            "ExecuTorch, XNNPACK",
-            f"{_ADAPTERS}:ExecuTorchAdapter",
-            "executorch",
-            "make executorch, or name a Python that has it in CNNCC_BENCH_PYTHON_EXECUTORCH",
-            "program",
-            converts=True,
+        *(
+            Kind(
+                name,
+                title,
+                f"{_ADAPTERS}:ExecuTorchAdapter",
+                "executorch",
+                f"make executorch, or name a Python that has it in {_variable(name)}",
+                "program",
+                {"precision": INT8} if quantizes else {},
+                converts=True,
+                quantizes=quantizes,
+            )
+            for name, title, quantizes in (
+                ("executorch", "ExecuTorch, XNNPACK", False),
+                ("executorch-int8", "ExecuTorch, its int8", True),
+            )
         ),
     )
 }
@@ -114,12 +152,17 @@ class Subject:
         name: How the report calls it; unique in a benchmark.
         kind: Key of `KINDS`.
         path: The bundle's folder, the ``.onnx`` file, the ``.pt2`` archive, or what a converter made of one.
+        precision: What it multiplies: `FP32`, `INT8` or `FLOAT_QDQ`.
+        approximate: Whether it runs another approximation of the network than the others do: what they run before it
+            was quantized, or what its library quantized. Its outputs cannot be held to theirs.
         options: Passed to the adapter beside those of the kind.
     """
 
     name: str
     kind: str
     path: Path
+    precision: str = FP32
+    approximate: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -173,7 +216,12 @@ def _has(python: str, module: str) -> bool:
 
 
 def make_subjects(
-    bundle: Path | None, against: Sequence[str], *, onnx: Path | None = None, program: Path | None = None
+    bundle: Path | None,
+    against: Sequence[str],
+    *,
+    onnx: Path | None = None,
+    program: Path | None = None,
+    quantized: bool = False,
 ) -> tuple[Subject, ...]:
     """Return the subjects of a benchmark: the bundle first, then its peers.
 
@@ -182,13 +230,15 @@ def make_subjects(
         against: Names from `peers`.
         onnx: The model for peers that read ONNX (a bundle's ``reference.onnx``).
         program: The model for PyTorch: a ``.pt2`` archive that cnncc wrote (`torch.export.load` trusts its input).
+        quantized: Whether ``onnx`` has Q/DQ; ``program`` is what it was before.
 
     Raises:
-        UsageError: An unknown peer, a peer named twice, or a peer whose form of the model was not given.
+        UsageError: An unknown peer, a peer named twice, or a peer whose form of the model was not given or that
+            cannot run a model with Q/DQ.
         DependencyMissing: A peer is not installed.
     """
     check_names(against)
-    subjects = [] if bundle is None else [Subject(OURS, OURS, bundle)]
+    subjects = [] if bundle is None else [Subject(OURS, OURS, bundle, INT8 if quantized else FP32)]
     paths = {"onnx": onnx, "program": program}
     missing = {
         "onnx": "the bundle holds no reference.onnx: compile it again without stripping it",
@@ -196,11 +246,23 @@ def make_subjects(
     }
     for name in against:
         kind = find_kind(name)
-        path = paths.get(kind.form) or paths.get(kind.fallback)
+        form = kind.form if paths.get(kind.form) or not kind.fallback else kind.fallback
+        path = paths.get(form)
         if path is None:
             raise UsageError(f"'{name}' has no model to run", hint=missing.get(kind.form, "give a bundle"))
-        subjects.append(Subject(name, name, path))
+        subjects.append(_peer(kind, path, quantized=quantized, form=form))
     return tuple(subjects)
+
+
+def _peer(kind: Kind, path: Path, *, quantized: bool, form: str) -> Subject:
+    if kind.quantizes:
+        return Subject(kind.name, kind.name, path, INT8, approximate=True)
+    if not quantized or form != "onnx":
+        return Subject(kind.name, kind.name, path, FP32, approximate=quantized)
+    if not kind.qdq:
+        able = ", ".join(other.name for other in KINDS.values() if other.qdq or other.quantizes)
+        raise UsageError(f"{kind.title} cannot run a model with Q/DQ in int8", hint=f"of int8 bundles, try {able}")
+    return Subject(kind.name, kind.name, path, kind.qdq)
 
 
 def engine_size(subject: Subject) -> int:

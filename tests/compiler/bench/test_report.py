@@ -26,7 +26,9 @@ from cnncc_runtime.errors import BudgetExceeded, BundleRefused, UsageError
 
 MACHINE = Machine("x86_64", "CPU", 4, ("avx2",), "performance", 3000.0, "Linux 6", 0.0, 0.0, 0.0)
 LATENCY = Latency(0.9, 1.0, 1.0, 1.1, None, 0.01)
-RESULT = SubjectResult("cnncc", "cnncc", "cnncc", "1", 50, 9, True, LATENCY, LATENCY, 1.0, 0.1, 0.2, 9, 8, 7, 0, None)
+RESULT = SubjectResult(
+    "cnncc", "cnncc", "cnncc", "1", "fp32", 50, 9, True, LATENCY, LATENCY, 1.0, 0.1, 0.2, 9, 8, 7, 0, None
+)
 
 
 def report(*ratios: Ratio, noisy: bool = False) -> BenchmarkReport:

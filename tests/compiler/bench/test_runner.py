@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,26 @@ class TestAgreement:
         assert run_benchmark(subjects, feeds=FEEDS, **QUICK).subject("b").agreement == pytest.approx(5e-3, rel=0.01)
         with pytest.raises(ParityFailed):
             run_benchmark(subjects, feeds=FEEDS, agreement=1e-3, **QUICK)
+
+    def test_an_approximation_is_nobodys_reference_and_may_be_far_away(self, fake):
+        far, other = (
+            replace(fake("Steady", "far", factor="4"), approximate=True),
+            fake("Steady", "other", factor="2.01"),
+        )
+        report = run_benchmark([fake("Steady", "ours"), far, other], feeds=FEEDS, **QUICK)
+        assert report.subject("far").agreement == pytest.approx(1)
+        report = run_benchmark([far, other], feeds=FEEDS, **QUICK)
+        assert report.subject("other").agreement is None
+        assert report.subject("far").agreement == pytest.approx(0.99, rel=0.01)
+
+    def test_an_approximation_that_is_not_finite_is_not_measured(self, fake):
+        bad = replace(fake("Steady", "bad", factor="nan"), approximate=True)
+        with pytest.raises(ParityFailed, match="NaN differ"):
+            run_benchmark([fake("Steady", "ours"), bad], feeds=FEEDS, **QUICK)
+
+    def test_what_a_subject_multiplies_stands_in_the_report(self, fake):
+        report = run_benchmark([replace(fake("Steady"), precision="int8")], feeds=FEEDS, **QUICK)
+        assert report.subject("steady").precision == "int8"
 
     def test_nan_is_a_disagreement(self, fake):
         with pytest.raises(ParityFailed, match="NaN differ"):

@@ -63,3 +63,35 @@ def test_a_peer_without_its_model_or_named_twice_is_refused(against, message):
 def test_a_file_has_its_own_size(tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"12345")
     assert subjects.engine_size(Subject("ort", "ort", tmp_path / "x.onnx")) == 5
+
+
+def test_of_a_quantized_bundle_everyone_says_what_it_multiplies(monkeypatch):
+    monkeypatch.setattr(subjects, "_has", lambda python, module: True)
+    names = [name for name in peers() if name != "mnn"]
+    found = make_subjects(None, names, onnx=Path("x.onnx"), program=Path("x.pt2"), quantized=True)
+    assert {subject.name: (subject.precision, subject.approximate) for subject in found} == {
+        "ort": ("fp32, Q/DQ", False),
+        "ort-int8": ("int8", True),
+        "openvino": ("int8", False),
+        "torch": ("fp32", True),
+        "torch-channels-last": ("fp32", True),
+        "torch-compile": ("fp32", True),
+        "ncnn": ("fp32", True),
+        "executorch": ("fp32", True),
+        "executorch-int8": ("int8", True),
+    }
+
+
+def test_of_a_float_bundle_everyone_computes_in_float_but_who_quantizes(monkeypatch):
+    monkeypatch.setattr(subjects, "_has", lambda python, module: True)
+    found = make_subjects(None, peers(), onnx=Path("x.onnx"), program=Path("x.pt2"))
+    odd = {subject.name for subject in found if (subject.precision, subject.approximate) != ("fp32", False)}
+    assert odd == {"ort-int8", "executorch-int8"}
+
+
+@pytest.mark.parametrize("name", ["mnn", "ncnn"])
+def test_who_cannot_run_q_dq_is_refused(monkeypatch, name):
+    monkeypatch.setattr(subjects, "_has", lambda python, module: True)
+    with pytest.raises(UsageError, match="cannot run a model with Q/DQ in int8") as caught:
+        make_subjects(None, [name], onnx=Path("x.onnx"), quantized=True)
+    assert "ort-int8" in caught.value.hint

@@ -127,10 +127,17 @@ class Dots:
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """See `Products`."""
         own = tirx.Ramp(tir.index(first), tir.index(1), lanes)
-        return tir.store(held, [own], self._added(held[own], lanes, tirx.Broadcast(source, lanes), weight(own)))
+        return tir.store(held, [own], self.added(held[own], lanes, tirx.Broadcast(source, lanes), weight(own)))
 
-    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
-        """Return sums and products; here in plain arithmetic, for machines without an instruction."""
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """Return vectors of sums with products added; here in plain arithmetic, for machines without an instruction.
+
+        Args:
+            sums: int32, of so many lanes.
+            lanes: Of every operand.
+            pixel: Elements of steps, as int32.
+            weights: Elements of weights, as int32.
+        """
 
         def shifted(value: Any, number: int) -> Any:
             """Return one of the four bytes of each lane, sign and all."""
@@ -158,7 +165,8 @@ class FourDots(Dots):
         """As one multiply-add of float32."""
         return 1.0
 
-    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """See `Dots.added`."""
         operands = [tirx.reinterpret(f"{kind}x{4 * lanes}", value)
                     for kind, value in ((self.steps, pixel), (self.weights, weights))]  # fmt: skip
         if self.abreast > 1:  # the operand that may be a lane comes last
@@ -182,7 +190,8 @@ class PairDots(Dots):
         """A product and a sum, which more units can do: measured 1.1 to 1.7 on Zen 3."""
         return 1.4
 
-    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """See `Dots.added`."""
         operands = [tirx.reinterpret(f"int16x{2 * lanes}", value) for value in (pixel, weights)]
         added = sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, *operands)
         return _fenced(added, lanes)
@@ -208,7 +217,8 @@ class PositiveDots(Dots):
         """Three instructions: measured 1.6 to 2.4 on Zen 3, a quarter less than two of `PairDots` each."""
         return 2.1
 
-    def _added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """See `Dots.added`."""
         operands = [tirx.reinterpret(f"int8x{4 * lanes}", value) for value in (pixel, weights)]
         half = tirx.call_llvm_pure_intrin(f"int16x{2 * lanes}", self.instruction, *operands)
         ones = tirx.Broadcast(tirx.const(1, "int16"), 2 * lanes)
