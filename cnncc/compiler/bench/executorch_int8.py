@@ -16,20 +16,25 @@ def quantize(program: Any) -> Any:
         program: A `torch.export.ExportedProgram` of positional tensors.
 
     Raises:
-        ModelRefused: It does not say what its inputs look like, takes something else than positional tensors, or
-            what came out computes something else.
+        ModelRefused: It does not say what its inputs look like, takes something else than positional tensors or
+            any batch size, or what came out computes something else.
     """
     import torch
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
     from torch.utils import _pytree as pytree
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     args, kwargs = program.example_inputs or ((), {})
     if not args or kwargs or not all(isinstance(value, torch.Tensor) for value in args):
         raise ModelRefused("only a network of positional tensors can be quantized")
+    if _takes_any_batch(program):  # its operators would run outside of XNNPACK, twenty times slower on SqueezeNet
+        raise ModelRefused(
+            "ExecuTorch's int8 wants one batch size, and the model takes any", hint="compile it without --batch"
+        )
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
     specs = [TensorSpec(str(n), tuple(arg.shape), str(arg.dtype).removeprefix("torch.")) for n, arg in enumerate(args)]
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     samples = [tuple(map(torch.from_numpy, feeds.values())) for feeds in requantized.samples(specs)]
@@ -45,3 +50,10 @@ def quantize(program: Any) -> Any:
         made = convert_pt2e(prepared)
         requantized.check(plain, outputs(made), "PyTorch")
         return torch.export.export(made, tuple(args))
+
+
+def _takes_any_batch(program: Any) -> bool:
+    """Whether the size of a dimension of an input is left open."""
+    inputs = set(program.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.name in inputs]
+    return any(not isinstance(size, int) for shape in shapes for size in shape)

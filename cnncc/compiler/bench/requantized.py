@@ -17,7 +17,7 @@ from cnncc_runtime.errors import ModelRefused
 from cnncc_runtime.specs import Tensors, TensorSpec
 
 SAMPLES = 4
-"""Inputs that ranges are taken from, the benchmark's own first. What is computed does not depend on the ranges."""
+"""Inputs that ranges are taken from, drawn as the benchmark's are. What is computed does not depend on the ranges."""
 
 LIMIT = 0.3
 """Largest relative L2 distance of its outputs to the float model's. ONNX Runtime's lie up to 0.013 away on ResNets,

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cnncc.calibration.plan import layers_of, plan_for
 from cnncc.calibration.qdq import insert_qdq
-from cnncc.compiler.bench import ort_int8, requantized
+from cnncc.compiler.bench import executorch_int8, ort_int8, requantized
 from cnncc.compiler.bench.conversion import convert_subjects
 from cnncc.compiler.bench.referee import Referee
 from cnncc.compiler.bench.report import BenchmarkReport
@@ -151,6 +151,13 @@ def test_what_a_library_quantized_wrongly_is_refused() -> None:
     for factor in (-1, np.nan):
         with pytest.raises(ModelRefused, match="what it quantized lies"):
             requantized.check(right, [right[0] * np.float32(factor)], "it")
+
+
+def test_executorch_quantizes_no_program_of_any_batch_size() -> None:
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(Tiny().eval(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    with pytest.raises(ModelRefused, match="wants one batch size"):
+        executorch_int8.quantize(program)
 
 
 @pytest.mark.parametrize(
