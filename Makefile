@@ -24,7 +24,7 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
 # What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine
 AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross
 
-.PHONY: help setup demo test aarch64 lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+.PHONY: help setup demo test aarch64 tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make aarch64   what the tests run engines for AArch64 with; Debian packages only as root'
+	@echo 'make tensorrt   the bindings of TensorRT 10 and 11 that the tests hold our calls against'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
 	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
 	@echo 'make executorch   an environment for one more peer'
@@ -55,7 +56,7 @@ $(VENV)/.ready: pyproject.toml runtime/pyproject.toml Makefile
 demo: setup
 	$(BIN)/python examples/digits/demo.py
 
-test: setup aarch64
+test: setup aarch64 tensorrt
 	$(BIN)/pytest -m 'not slow and not zoo'
 	$(BIN)/pytest -m 'slow and not zoo'
 
@@ -75,6 +76,17 @@ build/aarch64/.ready: pyproject.toml | setup
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 	    --platform manylinux_2_28_aarch64 --dest $(@D) $$($(BIN)/pip freeze | grep '^apache-tvm') && touch $@ || \
 	    echo 'no libraries of TVM for AArch64 could be downloaded'
+
+# Only what says which functions there are: 1.3 MB each. The libraries behind them need NVIDIA's own index
+tensorrt: build/tensorrt/.ready
+
+build/tensorrt/.ready: Makefile | setup
+	mkdir -p $(@D)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(@D) \
+	    tensorrt-cu12-bindings==10.16.1.11 && \
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(@D) \
+	    tensorrt-cu13-bindings==11.4.0.106 && touch $@ || \
+	    echo 'no bindings of TensorRT could be downloaded'
 
 lint: setup
 	$(BIN)/ruff check .

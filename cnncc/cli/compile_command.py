@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 AUTO_DROP, AUTO_SQNR = 0.5, 20.0
 """What ``--precision auto`` asks for: points of accuracy on ``--val``, or dB of the outputs where there is none."""
+
+_CUDA = "cuda"
+_GPU_FLAGS = ("backend", "builder_level", "workspace")
+_KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
 
 
 @click.command(name="compile", epilog=MODEL_HELP)
@@ -102,6 +106,24 @@ AUTO_DROP, AUTO_SQNR = 0.5, 20.0
     metavar="FILE",
     help="Measured kernels: read, and with --optimize measured added to.  [default: in the cache folder]",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
+    help="What builds for GPUs: auto takes TensorRT where the GPU is here, else TensorRT-RTX, which needs none.",
+)
+@click.option(
+    "--builder-level",
+    type=click.IntRange(0, 5),
+    help="How long the GPU builder looks for fast kernels.  [default: the library's own, 3]",
+)
+@click.option(
+    "--workspace",
+    type=click.IntRange(1),
+    metavar="MIB",
+    help="Scratch memory that GPU kernels may take.  [default: all that the device has]",
+)
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle whose parity failed, marked as failed.")
 @click.option("--no-reference", is_flag=True, help="Leave the ONNX model out of the bundle: half the size, less proof.")
 @cache_option
@@ -134,6 +156,9 @@ def command(
     optimize: str,
     optimize_budget: float | None,
     kernel_database: Path | None,
+    backend: str,
+    builder_level: int | None,
+    workspace: int | None,
     keep_failed: bool,
     no_reference: bool,
     cache_dir: Path | None,
@@ -148,7 +173,7 @@ def command(
     from cnncc.compiler.kernel_stage import BUDGET, RULES, Optimize
     from cnncc.compiler.model_reference import parse_reference
     from cnncc.compiler.pipeline import FP32, INT8, CompileRequest, compile_all
-    from cnncc.targets.base import KernelOptions
+    from cnncc.targets.base import GpuOptions, KernelOptions
     from cnncc.targets.devices import resolve_profile
 
     base = output or Path(f"{parse_reference(model).name}.cnncc")
@@ -164,6 +189,7 @@ def command(
         raise UsageError(f"{flag} says nothing with --precision fp32", hint="add --precision int8")
     if precision == INT8 and max_fallback is None:
         max_fallback = 0
+    _check_target_flags(set(targets))
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
     requests = []
     for target, device in pairs:
@@ -178,6 +204,7 @@ def command(
                 batches=parse_batches(batch_text),
                 kernels=KernelOptions(winograd, direct, growth),
                 optimize=Optimize(optimize, optimize_budget or BUDGET, kernel_database),
+                gpu=GpuOptions(backend, builder_level, workspace) if target == _CUDA else GpuOptions(),
                 data=data,
                 samples=samples,
                 preprocessing=read_preprocessing(preprocess) if preprocess else None,
@@ -193,6 +220,28 @@ def command(
         )
     results = compile_all(requests, cache=open_cache(cache_dir, render), reporter=render)
     render.result({"bundles": [_document(result) for result in results]}, lambda: _text(render, results))
+
+
+def _check_target_flags(targets: set[str]) -> None:
+    """Refuse flags that say nothing to any of the targets.
+
+    Raises:
+        UsageError: Names the flag.
+    """
+    if _CUDA not in targets and (given := _given(_GPU_FLAGS)):
+        raise UsageError(f"{given[0]} is for --target {_CUDA}", hint=f"leave it out, or add --target {_CUDA}")
+    if targets == {_CUDA} and (given := _given(_KERNEL_FLAGS)):
+        raise UsageError(f"{given[0]} says nothing to --target {_CUDA}", hint="leave it out: TensorRT chooses kernels")
+
+
+def _given(names: Collection[str]) -> list[str]:
+    """Return the flags that the user gave, among parameters of this command."""
+    context = click.get_current_context()
+    return [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
 
 
 def _calibration(
@@ -238,6 +287,8 @@ def _document(result: Compiled) -> dict[str, Any]:
         "target": manifest.target.name,
         "device": manifest.target.device,
         "cpu": manifest.target.cpu,
+        "gpu": manifest.target.gpu,
+        "toolchain": manifest.toolchain,
         "precision": manifest.precision,
         "parity": result.parity,
         "unchanged": result.unchanged,
@@ -251,6 +302,6 @@ def _text(render: Render, results: list[Compiled]) -> None:
         size = sum(record.size for record in manifest.files.values())
         state = "unchanged" if result.unchanged else "written"
         render.line(
-            f"{result.bundle.path}  {state}: {manifest.target.name} {manifest.target.cpu}, {manifest.precision}, "
+            f"{result.bundle.path}  {state}: {manifest.target.name} {manifest.target.processor}, {manifest.precision}, "
             f"parity {result.parity}, {size_text(size)}"
         )

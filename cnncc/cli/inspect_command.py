@@ -15,7 +15,7 @@ from cnncc.cli.render import Render, size_text
 if TYPE_CHECKING:
     from cnncc.compiler.inspection import ModelSummary
     from cnncc.compiler.payoff import Payoff
-    from cnncc_runtime.bundle import Bundle
+    from cnncc_runtime.bundle import Bundle, Manifest
 
 
 @click.command(name="inspect", epilog=MODEL_HELP)
@@ -64,8 +64,8 @@ def _bundle(render: Render, bundle: Bundle) -> None:
         [
             ["bundle", f"{manifest.name}  {bundle.digest}"],
             ["model", f"{manifest.model['source']}  {manifest.model['digest']}"],
-            ["target", f"{target.name}  {target.device}: {target.cpu}, {target.triple}"],
-            ["needs", f"{target.machine} with {' '.join(target.features) or 'nothing special'}"],
+            ["target", f"{target.name}  {target.device}: {', '.join(filter(None, (target.processor, target.triple)))}"],
+            ["needs", _needs(manifest)],
             ["inputs", "  ".join(str(spec) for spec in manifest.inputs)],
             ["outputs", "  ".join(str(spec) for spec in manifest.outputs)],
             ["batches", ", ".join(map(str, manifest.batches)) or "as the inputs say"],
@@ -85,6 +85,14 @@ def _bundle(render: Render, bundle: Bundle) -> None:
         ["modules", "operators", "precision", "schedule", "kernel"],
         [[", ".join(k.modules), ", ".join(k.ops), k.precision, k.schedule, k.kernel] for k in manifest.layers],
     )
+
+
+def _needs(manifest: Manifest) -> str:
+    """Return what a device must have, in a line."""
+    target = manifest.target
+    if target.gpu:
+        return f"{target.machine} with a GPU of compute capability {target.gpu}, {manifest.engine.abi}"
+    return f"{target.machine} with {' '.join(target.features) or 'nothing special'}"
 
 
 def _payoff(render: Render, payoff: Payoff) -> None:

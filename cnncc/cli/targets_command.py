@@ -37,7 +37,13 @@ def command(render: Render) -> None:
         render.line()
         render.table(
             ["", "device", "triple", "cpu", "cores", "features"],
-            [["", d.name, d.triple, d.cpu, str(d.cores), " ".join(d.features)] for d in devices],
+            [["", d.name, d.triple, d.cpu, str(d.cores), " ".join(d.features)] for d in devices if not d.gpu],
+        )
+        render.line()
+        gpus = sorted({d.gpu for d in devices if d.gpu}, key=float)
+        render.table(
+            ["", "compute capability", "devices"],
+            [["", gpu, " ".join(d.name for d in devices if d.gpu == gpu)] for gpu in gpus],
         )
 
     render.result(document, text)

@@ -25,6 +25,7 @@ from cnncc.compiler.child import die_with, how_it_ended
 from cnncc.targets.base import (
     BuildOptions,
     Engine,
+    GpuOptions,
     KernelOptions,
     Measured,
     MeasureOptions,
@@ -120,6 +121,7 @@ def _request(target: str, graph: Path, options: BuildOptions, workdir: Path) -> 
                 "batches": options.batches,
                 "kernels": options.kernels,
                 "measured": options.measured,
+                "gpu": options.gpu,
             }
         ),
     }
@@ -219,6 +221,7 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
         asked.batches,
         asked.kernels,
         asked.measured,
+        asked.gpu,
         lambda what, fraction: send(progress=[what, fraction]),
         _specialize,
     )
@@ -261,6 +264,7 @@ class _Options(msgspec.Struct, frozen=True):
     batches: tuple[int, ...]
     kernels: KernelOptions
     measured: str
+    gpu: GpuOptions
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from cnncc.compiler.calibration import Calibration
 from cnncc.compiler.kernel_stage import Optimize
 from cnncc.compiler.model_reference import ModelRequest
-from cnncc.targets.base import KernelOptions, Profile
+from cnncc.targets.base import GpuOptions, KernelOptions, Profile
 from cnncc_runtime.preprocess import Preprocessing
 
 FP32, INT8, AUTO = "fp32", "int8", "auto"
@@ -26,6 +26,7 @@ class CompileRequest:
         batches: Batch sizes to build for, where the model has a symbolic batch.
         kernels: What the target's choice of kernels must heed.
         optimize: How knobs of kernels are found.
+        gpu: What the libraries for GPUs must heed.
         data: DATA for real inputs in the parity check; empty for none.
         samples: Real inputs at most.
         preprocessing: Replaces the contract that stands beside the model.
@@ -46,6 +47,7 @@ class CompileRequest:
     batches: tuple[int, ...] = ()
     kernels: KernelOptions = field(default_factory=KernelOptions)
     optimize: Optimize = field(default_factory=Optimize)
+    gpu: GpuOptions = field(default_factory=GpuOptions)
     data: str = ""
     samples: int = 32
     preprocessing: Preprocessing | None = None

@@ -16,7 +16,7 @@ from cnncc_runtime.errors import CnnccError
 
 _PINNED = {"torch": "2.13", "apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 _REQUIRED = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "apache-tvm", "apache-tvm-ffi")
-_OPTIONAL = {"torchvision": "zoo", "timm": "zoo", "ziglang": "cross"}
+_OPTIONAL = {"torchvision": "zoo", "timm": "zoo", "ziglang": "cross", "tensorrt-rtx-cu13": "cuda"}
 _ROOM = 2 << 30
 """Bytes that compiling a ResNet-50 with an empty cache takes, rounded up."""
 
@@ -79,7 +79,7 @@ def _targets() -> list[Finding]:
         except CnnccError as exc:  # a third party's target that does not load
             found.append(Finding(f"target {name}", "missing", exc.message, exc.hint))
             continue
-        state = "ready" if availability.ready else "missing"
+        state = "ready" if availability.ready else "optional" if name == "cuda" else "missing"
         found.append(Finding(f"target {name}", state, availability.detail, availability.fix, name == "llvm"))
     return found
 

@@ -25,7 +25,7 @@ from cnncc.compiler.keys import tools, versions
 from cnncc.compiler.payoff import MIXED, PAYOFF, THREADS, Payoff, interval_text, measure, predicted
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
-from cnncc.targets.base import BuildOptions, Engine, Target
+from cnncc.targets.base import BuildOptions, Engine, Predicting, Target
 from cnncc.targets.devices import NATIVE
 from cnncc_runtime.bundle import (
     GOLDEN,
@@ -42,7 +42,7 @@ from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.digests import canonical_json, digest_json
 from cnncc_runtime.errors import BudgetExceeded, DataRefused, ParityFailed, UsageError
 from cnncc_runtime.preprocess import Preprocessing
-from cnncc_runtime.session import engine_mismatch
+from cnncc_runtime.session import obstacle
 from cnncc_runtime.specs import Feeds, Tensors
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Job:
     Attributes:
         request: What was asked for.
         target: The backend.
+        builders: What builds for it, as the Q/DQ lint calls it.
         export: The stage that exported the model.
         clean: The stage that cleaned its graph.
         cache: Where stages are kept.
@@ -70,6 +71,7 @@ class Job:
 
     request: CompileRequest
     target: Target
+    builders: tuple[str, ...]
     export: Stage
     clean: Stage
     cache: Cache
@@ -129,7 +131,7 @@ def quantized(job: Job) -> Variant:
                 hint="leave --precision and --data out: its scales are respected; or give the float32 model",
             )
         job.reporter.note("the model carries Q/DQ: its own scales are used, and its speed is not compared with fp32")
-        tell_findings(load_trusted(clean.file(CLEANED)), (), (request.target,), job.reporter)
+        tell_findings(load_trusted(clean.file(CLEANED)), (), job.builders, job.reporter)
         return Variant(INT8, clean, _build_stage(job, clean))
     if request.precision == FP32:
         return _fp32(job)
@@ -188,12 +190,18 @@ def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
         "machine": host_cpu().model if target.profile.cpu == NATIVE else "",
         "batches": request.batches,
         "kernels": to_plain(request.kernels),
+        "gpu": to_plain(request.gpu),
         "tools": {**tools(), **target.toolchain()},
     }
 
 
+def build_options(request: CompileRequest) -> BuildOptions:
+    """Return what a request asks of a build, before anything was measured."""
+    return BuildOptions(request.profile, request.batches, request.kernels, gpu=request.gpu)
+
+
 def _options(job: Job, measured: str) -> BuildOptions:
-    return BuildOptions(job.target.profile, job.request.batches, job.request.kernels, measured, job.reporter.progress)
+    return replace(build_options(job.request), measured=measured, progress=job.reporter.progress)
 
 
 def _measured(job: Job, graph: Stage) -> str:
@@ -215,10 +223,14 @@ def _build_stage(job: Job, graph: Stage) -> Stage:
         engine = build_apart(name, graph.file(CLEANED), _options(job, measured), folder)
         files = {name: path for name, (_role, path) in engine.files.items()}
         size = sum(path.stat().st_size for path in files.values())
-        detail = f"{name} {engine.target.cpu}, {len(engine.layers)} kernels, {size / 1e6:.1f} MB"
+        detail = f"{name} {engine.target.processor}, {_kernels(engine)}{size / 1e6:.1f} MB"
         return {"engine": engine_to_plain(engine)}, files, detail
 
     return Stage("build", key, compute, job.cache, job.reporter)
+
+
+def _kernels(engine: Engine) -> str:
+    return f"{len(engine.layers)} kernels, " if engine.layers else ""
 
 
 def check_fallback(job: Job, variant: Variant) -> None:
@@ -238,6 +250,10 @@ def check_fallback(job: Job, variant: Variant) -> None:
     if not found.fallbacks:
         return
     said = f"{request.target} computes {len(found.fallbacks)} of {found.quantized} int8 layers in float32"
+    if not layers:
+        said = (
+            f"nobody can tell how {request.target} computes the {found.quantized} int8 layers: its engine does not say"
+        )
     if request.max_fallback is not None and len(found.fallbacks) > request.max_fallback:
         raise BudgetExceeded(
             said,
@@ -262,6 +278,14 @@ def choose(job: Job, int8: Variant) -> Choice:
     """
     table = int8.table
     if table is None or job.request.allow_slow or len(table.kept) == len(table.layers):
+        return Choice(int8)
+    engine = engine_from_plain(int8.build.value["engine"], Path())
+    away = obstacle(engine.target, engine.record)
+    if away is not None and not isinstance(job.target, Predicting):
+        job.reporter.note(
+            f"int8 is not weighed against fp32: it cannot be measured here ({away.message}), and the {job.target.name} "
+            "target has no model of time to predict it with; measure both on the device"
+        )
         return Choice(int8)
     variants = {INT8: int8, FP32: _fp32(job)}
     payoff = _payoff(job, variants)
@@ -306,7 +330,7 @@ def _tell(job: Job, payoff: Payoff, taken: Variant) -> None:
 def _payoff(job: Job, variants: dict[str, Variant]) -> Payoff:
     profile = job.target.profile
     engine = engine_from_plain(variants[INT8].build.value["engine"], Path())
-    here = engine_mismatch(engine.target) is None
+    here = obstacle(engine.target, engine.record) is None
     key = job.cache.key(
         "payoff",
         builds=[[name, variant.build.key, variant.build.digests] for name, variant in sorted(variants.items())],
@@ -319,7 +343,7 @@ def _payoff(job: Job, variants: dict[str, Variant]) -> Payoff:
         if here:
             payoff = _measure(job, variants, folder)
         else:
-            payoff = _predict(job, variants, f"{profile.name} ({engine.target.cpu})", folder)
+            payoff = _predict(job, variants, f"{profile.name} ({engine.target.processor})", folder)
         (folder / PAYOFF).write_bytes(canonical_json(to_plain(payoff)))
         return {"payoff": to_plain(payoff)}, {PAYOFF: folder / PAYOFF}, str(payoff)
 
@@ -461,13 +485,15 @@ def _prove(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> _Proof:
     if inputs.data is not None:
         feeds += [sample.feeds for sample in inputs.data.samples]
         names += [sample.name for sample in inputs.data.samples]
-    mismatch = engine_mismatch(engine.target)
-    if mismatch is not None:
-        job.reporter.note(f"{mismatch.message}: parity is pending until `cnncc verify` runs on the device")
+    away = obstacle(engine.target, engine.record)
+    if away is not None:
+        job.reporter.note(
+            f"built, not executed here ({away.message}): parity is pending until `cnncc verify` runs on the device"
+        )
     cleaned = functools.partial(load_trusted, variant.graph.file(CLEANED))
     # a quantized engine is to compute what the Q/DQ graph says; how far that is from the model, calibration measured
     exported = cleaned if variant.table else functools.partial(load_trusted, job.export.file(EXPORTED))
-    with EngineProcess(trial) if mismatch is None else nullcontext() as process:
+    with EngineProcess(trial) if away is None else nullcontext() as process:
         found = verify_engine(
             exported=exported,
             cleaned=cleaned,

@@ -23,12 +23,21 @@ from typing import TYPE_CHECKING
 
 from cnncc.compiler.cache import Cache, default_cache_folder
 from cnncc.compiler.compile_request import AUTO, FP32, INT8, CompileRequest
-from cnncc.compiler.engine_stages import Job, bundle_name, check_fallback, choose, quantized, verify_stage
+from cnncc.compiler.engine_stages import (
+    Job,
+    build_options,
+    bundle_name,
+    check_fallback,
+    choose,
+    quantized,
+    verify_stage,
+)
 from cnncc.compiler.graph_stages import CLEANED, EXPORTED, clean_stage, export_stage, specs_of
 from cnncc.compiler.kernel_stage import check_optimize
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
+from cnncc.targets.base import Preflight, Preflighting, Target
 from cnncc.targets.registry import load_target
 from cnncc_runtime.bundle import MANIFEST, Bundle, read_bundle
 from cnncc_runtime.errors import BundleRefused, CnnccError, ParityFailed, UsageError
@@ -93,15 +102,13 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
     """
     reporter = reporter or Silent()
     cache = cache or Cache(default_cache_folder(), reporter.note)
-    check_output(request.output)
-    if request.precision != FP32 and request.table is None:
-        request.calibration.check()
-    target = load_target(request.target, request.profile)
-    check_optimize(request.optimize, target)
+    target, preflight = _prepare(request)
+    for note in preflight.notes:
+        reporter.note(note)
     export = export_stage(request.model, cache, reporter)
     clean = clean_stage(export, cache, reporter)
     _check_batches(export, request.batches)
-    job = Job(request, target, export, clean, cache, reporter)
+    job = Job(request, target, preflight.builders, export, clean, cache, reporter)
     variant = quantized(job)
     check_fallback(job, variant)
     choice = choose(job, variant)
@@ -123,7 +130,7 @@ def compile_all(
 ) -> list[Compiled]:
     """Compile a model for several targets or devices: one export, many engines.
 
-    Every output path is checked before any work is done. A failure ends the rest; what was finished stays, and the
+    Every request is checked before any work is done. A failure ends the rest; what was finished stays, and the
     reporter is told.
 
     Raises:
@@ -131,7 +138,7 @@ def compile_all(
     """
     reporter = reporter or Silent()
     for request in requests:
-        check_output(request.output)
+        _prepare(request)
     done: list[Compiled] = []
     try:
         for request in requests:
@@ -206,6 +213,25 @@ def clean_graph(model: ModelRequest, *, cache: Cache | None = None, reporter: Re
     reporter = reporter or Silent()
     cache = cache or Cache(default_cache_folder(), reporter.note)
     return load_trusted(clean_stage(export_stage(model, cache, reporter), cache, reporter).file(CLEANED))
+
+
+def _prepare(request: CompileRequest) -> tuple[Target, Preflight]:
+    """Check all of a request that can be checked before any work is done.
+
+    Returns:
+        The target, and how it will build.
+
+    Raises:
+        CnnccError: As `compile`.
+    """
+    check_output(request.output)
+    if request.precision != FP32 and request.table is None:
+        request.calibration.check()
+    target = load_target(request.target, request.profile)
+    check_optimize(request.optimize, target)
+    if not isinstance(target, Preflighting):
+        return target, Preflight((target.name,))
+    return target, target.preflight(build_options(request))
 
 
 # ---- the bundle's way out

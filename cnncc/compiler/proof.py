@@ -16,7 +16,7 @@ from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.verify import Executor, Run, verify_bundle
 from cnncc.graph.names import module_path
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.targets.base import BuildOptions, KernelOptions, Profile
+from cnncc.targets.base import BuildOptions, GpuOptions, KernelOptions, Profile
 from cnncc_runtime.bundle import (
     MANIFEST,
     PARITY,
@@ -34,7 +34,7 @@ from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import StorageFailed, UsageError
 from cnncc_runtime.files import atomic_folder, scratch_folder
-from cnncc_runtime.session import engine_mismatch
+from cnncc_runtime.session import obstacle
 
 _WINOGRAD = "winograd"
 """What the schedule of a layer begins with that uses Winograd's method."""
@@ -68,9 +68,9 @@ def prove_bundle(
         UsageError: Layers were asked for, and the bundle holds no model.
     """
     bundle = read_bundle(path)
-    mismatch = engine_mismatch(bundle.manifest.target)
-    if mismatch is not None:
-        raise mismatch
+    away = obstacle(bundle.manifest.target, bundle.manifest.engine)
+    if away is not None:
+        raise type(away)(f"the engine cannot be executed here: {away.message}", hint=away.hint)
     if layers and not bundle.has(REFERENCE):
         raise UsageError(
             "comparing layers needs the model, and the bundle was made without it",
@@ -119,6 +119,7 @@ def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Repo
             _profile(bundle.manifest.target, host_cpu().cores),
             bundle.manifest.batches,
             kernels=kernels_of(bundle.manifest.layers, graph),
+            gpu=gpu_options(bundle.manifest),
             progress=reporter.progress,
         )
         engine = build_apart(bundle.manifest.target.name, path, options, folder)
@@ -139,7 +140,12 @@ def kernels_of(layers: Sequence[LayerRecord], graph: OnnxGraph) -> KernelOptions
 
 
 def _profile(target: TargetRecord, cores: int) -> Profile:
-    return Profile(target.device, target.triple, target.cpu, target.features, cores)
+    return Profile(target.device, target.triple, target.cpu, target.features, cores, target.gpu)
+
+
+def gpu_options(manifest: Manifest) -> GpuOptions:
+    """Return options by which the library builds that built a bundle's engine: a GPU engine's format is its name."""
+    return GpuOptions(manifest.engine.format) if manifest.target.gpu else GpuOptions()
 
 
 def _with_engine(manifest: Manifest, graph: OnnxGraph, engine: EngineRecord) -> Manifest:

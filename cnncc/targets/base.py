@@ -26,6 +26,7 @@ class Profile:
         cpu: LLVM CPU name (``znver3``, ``cortex-a76``).
         features: LLVM feature names that the engine may use (``avx2``, ``fma``).
         cores: Cores that the engine is scheduled for.
+        gpu: CUDA compute capability (``8.9``); empty for CPUs.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Profile:
     cpu: str = ""
     features: tuple[str, ...] = ()
     cores: int = 1
+    gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,21 @@ class KernelOptions:
     growth: float = 2.0
 
 
+@dataclass(frozen=True)
+class GpuOptions:
+    """What a user asks of the libraries that build engines for GPUs.
+
+    Attributes:
+        backend: ``tensorrt``, ``tensorrt-rtx``, or ``auto``: whichever is installed and can build for the device.
+        level: How long the builder looks for fast kernels, 0 to 5; None for the library's own default.
+        workspace: MiB of scratch memory that kernels may take; None for all that the device has.
+    """
+
+    backend: str = "auto"
+    level: int | None = None
+    workspace: int | None = None
+
+
 Specialize = Callable[["OnnxGraph", int], "OnnxGraph"]
 """Returns a graph for one batch size, what became constant folded."""
 
@@ -119,6 +136,7 @@ class BuildOptions:
         batches: Batch sizes to build for; empty when the graph's shapes are all static.
         kernels: What the choice of kernels must heed.
         measured: What `Measuring.measure` returned; empty where rules alone choose.
+        gpu: What the libraries for GPUs must heed.
         progress: Told how far the build is.
         specialize: Makes the graph of one batch size; the compiler hands in its passes, since targets may not import
             them. By default the batch is bound and nothing is folded.
@@ -128,6 +146,7 @@ class BuildOptions:
     batches: tuple[int, ...] = ()
     kernels: KernelOptions = KernelOptions()
     measured: str = ""
+    gpu: GpuOptions = GpuOptions()
     progress: Progress = field(default=_no_progress, compare=False)
     specialize: Specialize = field(default=_bind_batch, compare=False)
 
@@ -232,6 +251,36 @@ class Predicting(Protocol):
             UnsupportedGraph: Lists every refused node.
             UsageError: As `Target.build`.
             BuildFailed: The toolchain broke.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """How a target will build.
+
+    Attributes:
+        builders: Names by which the Q/DQ lint knows what builds (``llvm``, ``tensorrt``, ``tensorrt-rtx``).
+        notes: What the user should know of it, a sentence each.
+    """
+
+    builders: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Preflighting(Protocol):
+    """A target that judges, before any work, whether it can do what was asked."""
+
+    def preflight(self, options: BuildOptions) -> Preflight:
+        """Refuse what cannot be built, or say how it will be.
+
+        Args:
+            options: As `Target.build` takes them.
+
+        Raises:
+            UsageError: The device is not one of this target's, or options contradict it.
+            TargetUnavailable: What builds for the device is not installed, or not able to on this machine.
         """
         ...
 

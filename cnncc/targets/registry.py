@@ -9,7 +9,10 @@ from importlib.metadata import entry_points
 from cnncc.targets.base import Profile, Target
 from cnncc_runtime.errors import DependencyMissing, UsageError
 
-TARGETS = {"llvm": "cnncc.targets.llvm.target:LlvmTarget"}
+TARGETS = {
+    "cuda": "cnncc.targets.cuda.target:CudaTarget",
+    "llvm": "cnncc.targets.llvm.target:LlvmTarget",
+}
 """Name → ``module:Class``; the class takes a profile."""
 
 GROUP = "cnncc.targets"

@@ -26,7 +26,7 @@ from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import DTYPES, TensorSpec
 from cnncc_runtime.weights import WeightsRecord
 
-SCHEMA = "cnncc.bundle/3"
+SCHEMA = "cnncc.bundle/4"
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
@@ -47,10 +47,11 @@ class TargetRecord:
     Attributes:
         name: Target (``llvm``, ``cuda``).
         device: Profile name.
-        triple: LLVM target triple.
-        cpu: LLVM CPU name.
-        machine: ELF machine name (``x86_64``, ``aarch64``).
+        triple: LLVM target triple; empty for GPUs.
+        cpu: LLVM CPU name; empty for GPUs.
+        machine: ELF machine name (``x86_64``, ``aarch64``); for GPUs that of the computer they are in.
         features: ISA features that the engine may execute, as `cnncc_runtime.cpu` names them.
+        gpu: CUDA compute capability (``8.9``); empty for CPUs.
     """
 
     name: str
@@ -59,6 +60,12 @@ class TargetRecord:
     cpu: str
     machine: str
     features: tuple[str, ...]
+    gpu: str = ""
+
+    @property
+    def processor(self) -> str:
+        """What executes the engine: the CPU by LLVM's name, or a GPU's architecture as ``sm89``."""
+        return f"sm{self.gpu.replace('.', '')}" if self.gpu else self.cpu
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class EngineRecord:
 
     Attributes:
         file: Its name in the bundle, exactly as the vendor's tools expect it.
-        format: Which session opens it (``tvm-vm``).
+        format: Which session opens it (``tvm-vm``, ``tensorrt``, ``tensorrt-rtx``).
         abi: Version of the runtime interface it needs.
         entries: Batch size → function; a model without a batch dimension has one entry, ``0``.
         weights: What the functions take after their inputs; None where the engine file holds all weights.

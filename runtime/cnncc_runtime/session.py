@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from numpy.typing import NDArray
 
-from cnncc_runtime.bundle import Bundle, Manifest, TargetRecord, read_bundle
+from cnncc_runtime.bundle import Bundle, EngineRecord, Manifest, TargetRecord, read_bundle
 from cnncc_runtime.cpu import HostCpu, host_cpu, usable_cores
 from cnncc_runtime.errors import (
     BundleRefused,
     CheckFailed,
     DataRefused,
     EngineMismatch,
+    EnvironmentMissing,
     ParityFailed,
     TargetUnavailable,
     UsageError,
 )
+from cnncc_runtime.gpu import gpus_text, host_gpus
 from cnncc_runtime.preprocess import open_image
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
 
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 FORMATS = {"tvm-vm": "cnncc_runtime.tvm_session:TvmSession"}
 """Engine format → ``module:Class`` (a `SessionClass`), imported when a bundle asks for it."""
+
+PLANS = ("tensorrt", "tensorrt-rtx")
+"""Formats that cnncc builds and this runtime does not execute; other distributions may."""
 
 FORMATS_GROUP = "cnncc_runtime.formats"
 """Entry-point group by which other distributions add formats."""
@@ -133,6 +138,8 @@ def open(bundle: str | Path | Bundle, *, threads: int | None = None, allow_unver
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
     if not allow_unverified:
         _check_parity(opened)
+    if opened.manifest.engine.format in PLANS and (away := obstacle(opened.manifest.target, opened.manifest.engine)):
+        raise away
     session_class = _session_class(opened.manifest.engine.format)
     with opened.open(opened.manifest.engine.file) as engine:
         return session_class(opened, engine, threads=width)
@@ -244,7 +251,32 @@ def engine_mismatch(target: TargetRecord, host: HostCpu | None = None) -> Engine
             f"built for: {target.cpu or target.device}, found: {host.model}, which lacks {', '.join(missing)}",
             hint=hint,
         )
+    if target.gpu and target.gpu not in {gpu.capability for gpu in host_gpus()}:
+        return EngineMismatch(
+            f"built for: a GPU of compute capability {target.gpu} ({target.device}), found: {gpus_text()}",
+            hint="run it on a machine with such a GPU, or compile for another --device",
+        )
     return None
+
+
+def obstacle(target: TargetRecord, engine: EngineRecord) -> EnvironmentMissing | None:
+    """Say why an engine cannot be run here: it is for another machine, or nothing here runs its format.
+
+    Args:
+        target: What it was built for.
+        engine: What it is.
+
+    Returns:
+        The error to raise; None where opening the engine says all that is left to say.
+    """
+    if mismatch := engine_mismatch(target):
+        return mismatch
+    if engine.format not in PLANS or engine.format in _formats():
+        return None
+    return TargetUnavailable(
+        f"cnncc-runtime does not run engines of format '{engine.format}'",
+        hint="the vendor's own tools open the engine file; or install the distribution that adds the format",
+    )
 
 
 def _threads(threads: int | None) -> int:
@@ -285,8 +317,12 @@ def _session_class(name: str) -> SessionClass:
         raise TargetUnavailable(
             f"engines of format '{name}' cannot be run here: {exc}", hint="install the runtime of that format"
         ) from exc
-    known = sorted(FORMATS.keys() | {entry.name for entry in importlib.metadata.entry_points(group=FORMATS_GROUP)})
     raise BundleRefused(
-        f"the engine's format is '{name}', this runtime knows {', '.join(known)}",
+        f"the engine's format is '{name}', this runtime knows {', '.join(_formats())}",
         hint="install a newer cnncc-runtime, or the distribution that adds the format",
     )
+
+
+def _formats() -> list[str]:
+    """Return the formats that sessions are known for."""
+    return sorted(FORMATS.keys() | {entry.name for entry in importlib.metadata.entry_points(group=FORMATS_GROUP)})

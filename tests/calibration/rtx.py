@@ -21,6 +21,7 @@ import onnx
 import pytest
 
 from cnncc.graph.reader import name_nodes
+from cnncc.targets.cuda.hearing import logger_of
 
 VERSION = "1.7.1.116"
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -59,7 +60,7 @@ def rtx_build(proto: onnx.ModelProto, *, capability: str = "SM89", batch: tuple[
         RtxRefused: With the parser's or the builder's words.
     """
     trt = tensorrt_rtx()
-    logger = _logger(trt)
+    logger = logger_of(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -111,19 +112,6 @@ def scan_plan(plan: bytes) -> dict[str, str]:
         for name in _LAYER.findall(layers.decode()):
             found.setdefault(name, "float")
     return found
-
-
-def _logger(trt: Any) -> Any:
-    class Collected(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Collected()
 
 
 def _set_profile(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:

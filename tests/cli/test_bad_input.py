@@ -152,7 +152,7 @@ FLAGS = {
     ),
     "an unknown dtype": (["--input-dtype", "float31"], 2, "'float31' is not a dtype", "float32"),
     "an unknown target": (["--target", "lvm"], 2, "unknown target 'lvm'", "llvm"),
-    "an unknown device": (["--device", "jetson"], 2, "unknown device 'jetson'", "host"),
+    "an unknown device": (["--device", "jetson"], 2, "unknown device 'jetson'", "jetson-orin"),
     "an unknown CPU": (["--mcpu", "znver33"], 2, "znver33", "znver3"),
     "an unknown feature": (["--mattr", "+avx3"], 2, "'avx3'", "avx2"),
     "an unknown triple": (["--mtriple", "pdp11-dec-unix"], 2, "pdp11-dec-unix", "x86_64"),

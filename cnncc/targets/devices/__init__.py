@@ -1,7 +1,8 @@
 """Device profiles: which processor an engine is built for.
 
-``host`` is this machine. ``mtriple``, ``mcpu`` and ``mattr`` override parts of a profile, as LLVM's own tools take
-them; LLVM itself would only warn about a name that it does not know, so every name is checked here first.
+``host`` is this machine; GPUs go by their names (`cnncc.targets.devices.gpus`). ``mtriple``, ``mcpu`` and ``mattr``
+override parts of a CPU's profile, as LLVM's own tools take them; LLVM itself would only warn about a name that it does
+not know, so every name is checked here first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 from cnncc.targets.base import Profile
 from cnncc.targets.devices import llvm_lists
+from cnncc.targets.devices.gpus import GPUS, gpu_profile
 from cnncc.targets.devices.isa import ISAS, Isa, isa_of, isa_of_machine
 from cnncc_runtime import cpu
 from cnncc_runtime.errors import TargetUnavailable, UsageError
@@ -38,7 +40,7 @@ def machine_name(triple: str) -> str:
 
 def profile_names() -> tuple[str, ...]:
     """Return the names that `resolve_profile` takes."""
-    return (HOST,)
+    return (HOST, *GPUS)
 
 
 def resolve_profile(
@@ -50,7 +52,7 @@ def resolve_profile(
     """Return the profile of a device, with overrides.
 
     Args:
-        name: A device's name; ``host`` is this machine.
+        name: A device's name; ``host`` is this machine, whichever of its processors the target is for.
         mtriple: LLVM target triple (``aarch64-linux-gnu``).
         mcpu: LLVM CPU name (``cortex-a76``); ``native`` is this machine's.
         mattr: LLVM features, each with ``+`` or ``-`` (``+dotprod``); without a sign it is added.
@@ -65,6 +67,10 @@ def resolve_profile(
     if name not in profile_names():
         raise _unknown("device", name, profile_names())
     changes = tuple(mattr)
+    if name in GPUS:
+        if mtriple or mcpu or changes:
+            raise UsageError(f"--mtriple, --mcpu and --mattr are for CPUs; '{name}' is a GPU", hint="leave them out")
+        return gpu_profile(name)
     host = _host_profile()
     if not (mtriple or mcpu or changes):
         return host

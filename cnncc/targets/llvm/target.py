@@ -13,8 +13,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnncc.targets.base import Availability, BuildOptions, Engine, Measured, MeasureOptions, NodeIssue, Profile
+from cnncc.targets.base import (
+    Availability,
+    BuildOptions,
+    Engine,
+    Measured,
+    MeasureOptions,
+    NodeIssue,
+    Preflight,
+    Profile,
+)
 from cnncc.targets.devices import host_machine, machine_name, named
+from cnncc.targets.entries import batch_sizes
 from cnncc.targets.llvm.link import INSTALL, find_linker, link
 from cnncc_runtime import engine_threads
 from cnncc_runtime.bundle import EngineRecord, TargetRecord
@@ -51,6 +61,19 @@ class LlvmTarget:
         if problem := _import_problem():
             return Availability("missing", problem, "pip install --force-reinstall apache-tvm apache-tvm-ffi")
         return Availability("ready", f"TVM {_version('apache-tvm')}, {linker.version}")
+
+    def preflight(self, options: BuildOptions) -> Preflight:
+        """Refuse a GPU; see `cnncc.targets.base.Preflighting`.
+
+        Raises:
+            UsageError: The device is a GPU.
+        """
+        if options.profile.gpu:
+            raise UsageError(
+                f"the llvm target builds for CPUs, and '{options.profile.name}' is a GPU",
+                hint=f"--target cuda --device {options.profile.name}",
+            )
+        return Preflight((self.name,))
 
     def toolchain(self) -> dict[str, str]:
         """Return the versions of TVM, its FFI and the linker."""
@@ -188,20 +211,7 @@ def _graphs(graph: OnnxGraph, entries: dict[int, str], options: BuildOptions) ->
 
 
 def _entries(graph: OnnxGraph, batches: tuple[int, ...]) -> dict[int, str]:
-    symbols = {symbol for spec in graph.inputs for symbol in spec.symbols}
-    if not symbols:
-        return {0: "main"}
-    if not batches:
-        raise UsageError(
-            f"the graph's inputs have symbolic sizes ({', '.join(sorted(symbols))}) and no batch sizes were given",
-            hint="give --batch 1, or an --input-shape without symbols",
-        )
-    if len(symbols) > 1:
-        raise UsageError(
-            f"the llvm target takes one symbolic size, the batch; the graph has {', '.join(sorted(symbols))}",
-            hint="give --input-shape with one symbol",
-        )
-    return {batch: f"main_{batch}" for batch in batches}
+    return {batch: f"main_{batch}" for batch in batch_sizes(graph, batches, "llvm")} or {0: "main"}
 
 
 @contextmanager

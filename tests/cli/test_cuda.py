@@ -1,0 +1,183 @@
+"""``cnncc compile --target cuda`` on a machine without a GPU: built for real, executed never, and said so."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onnx import helper
+
+from cnncc_runtime.bundle import read_bundle
+from cnncc_runtime.gpu import host_gpus
+from tests.calibration.rtx import tensorrt_rtx
+from tests.cli.conftest import Digits
+from tests.cli.harness import call, leftovers
+from tests.cli.test_payoff import convolution
+from tests.targets.conformance import graph_of
+
+pytestmark = pytest.mark.skipif(bool(host_gpus()), reason="these tests are about machines without a GPU")
+
+BUILT = "built, not executed here (built for: a GPU of compute capability 8.9 (rtx4090), found: no NVIDIA GPU)"
+
+
+def compile_digits(digits: Digits, bundle: Path, *flags: str | Path, code: int = 0) -> Any:
+    arguments = ("compile", digits.model, "--weights", digits.weights, "--target", "cuda", "-o", bundle)
+    return call(*arguments, *flags, code=code)
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide every library that builds for GPUs."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name.startswith("tensorrt") else find(name, *rest)
+    )
+
+
+def test_a_bundle_is_built_and_its_parity_is_pending(digits: Digits, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    bundle = tmp_path / "d.cnncc"
+    outcome = compile_digits(digits, bundle, "--device", "rtx4090")
+    assert (
+        "TensorRT-RTX 1.7.1.116 builds for rtx4090: TensorRT builds on the GPU itself, and this machine has none"
+        in (outcome.stderr)
+    )
+    assert BUILT in outcome.stderr
+    assert "parity passed" not in outcome.stderr + outcome.stdout
+    assert "written: cuda sm89, fp32, parity pending" in outcome.stdout
+    manifest = read_bundle(bundle).manifest
+    assert (manifest.parity, manifest.target.gpu, manifest.target.device) == ("pending", "8.9", "rtx4090")
+    assert (manifest.engine.file, manifest.engine.format) == ("engine.plan", "tensorrt-rtx")
+    assert manifest.engine.abi == "tensorrt-rtx 1.7.1.116"
+    assert manifest.toolchain["tensorrt-rtx"] == "1.7.1.116"
+    again = compile_digits(digits, bundle, "--device", "rtx4090")
+    assert "unchanged: cuda sm89" in again.stdout
+    assert BUILT not in again.stderr, "nothing was proven again"
+
+    refused = call("verify", bundle, code=3)
+    assert "the engine cannot be executed here: built for: a GPU of compute capability 8.9" in refused.stderr
+    assert "parity is 'pending'" in call("run", bundle, "--input", "x.npy", code=1).stderr
+    shown = call("inspect", bundle).stdout
+    assert "cuda  rtx4090: sm89" in shown
+    assert "a GPU of compute capability 8.9, tensorrt-rtx 1.7.1.116" in shown
+    assert "fp32 asked, float32 executed" in shown
+
+
+def test_several_gpus_from_one_export(digits: Digits, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    outcome = compile_digits(digits, tmp_path / "d.cnncc", "--device", "sm80", "--device", "rtx5090", "--json")
+    assert [(each["device"], each["gpu"], each["parity"]) for each in outcome.document["bundles"]] == [
+        ("sm80", "8.0", "pending"),
+        ("rtx5090", "12.0", "pending"),
+    ]
+    assert {each["toolchain"]["tensorrt-rtx"] for each in outcome.document["bundles"]} == {"1.7.1.116"}
+
+
+def test_int8_is_audited_and_not_weighed(digits: Digits, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    bundle = tmp_path / "d.cnncc"
+    flags = ("--device", "rtx4090", "--precision", "int8", "--data", "random", "--calibration-samples", "4")
+    outcome = compile_digits(digits, bundle, *flags)
+    assert "int8 is not weighed against fp32: it cannot be measured here" in outcome.stderr
+    assert "int8 asked, int8 executed" in call("inspect", bundle).stdout
+    assert not read_bundle(bundle).has("payoff.json")
+
+
+def test_int8_that_an_old_gpu_computes_in_float_is_refused(tmp_path: Path) -> None:
+    """TensorRT-RTX computes quantized convolutions in float on Turing, and says nothing of it."""
+    tensorrt_rtx()
+    made = convolution("first", "x", 3, (16, 16)), convolution("second", "first.out", 3, (16, 16))
+    nodes, weights = [node for pair, _ in made for node in pair], [weight for _, weight in made]
+    model = tmp_path / "m.onnx"
+    model.write_bytes(graph_of(nodes, {"x": [1, 16, 8, 8]}, {"second.out": [1, 16, 8, 8]}, weights).serialized)
+    flags = ("--precision", "int8", "--data", "random", "--calibration-samples", "4")
+    arguments = ("compile", model, "--target", "cuda", "--device", "t4", *flags, "-o", tmp_path / "m.cnncc")
+    outcome = call(*arguments, code=1)
+    assert "cuda computes 2 of 2 int8 layers in float32" in outcome.stderr
+    assert "at first (first)" in outcome.stderr
+    assert not (tmp_path / "m.cnncc").exists()
+    allowed = call(*arguments, "--max-fallback", "2", "--no-reference")
+    assert "! cuda computes 2 of 2 int8 layers in float32: first (first), second (second)" in allowed.stderr
+    assert "int8 asked, float32 executed" in call("inspect", tmp_path / "m.cnncc").stdout
+
+
+def test_what_a_gpu_cannot_compute_at_all_is_named_by_module(digits: Digits, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    outcome = compile_digits(digits, tmp_path / "d.cnncc", "--device", "t4", code=5)
+    assert "for Turing (SM75): FP32 GEMM is not supported" in outcome.stderr
+    assert "at classifier.1 (Gemm 'node_linear')" in outcome.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize("flags", [(), ("--device", "rtx4090"), ("--device", "sm86", "--backend", "tensorrt-rtx")])
+def test_without_any_library_one_command_is_named(digits: Digits, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    outcome = compile_digits(digits, tmp_path / "d.cnncc", *flags, code=3)
+    assert "try: pip install tensorrt-rtx-cu13==1.7.1.116\n" in outcome.stderr
+    assert "export" not in outcome.stderr, "told before any work"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_targets_and_doctor_say_what_is_missing() -> None:
+    shown = call("targets").stdout
+    assert "neither TensorRT nor TensorRT-RTX is installed" in shown
+    assert "pip install tensorrt-rtx-cu13==1.7.1.116" in shown
+    document = call("doctor", "--json").document
+    [found] = [finding for finding in document["findings"] if finding["name"] == "target cuda"]
+    assert (found["state"], found["required"]) == ("optional", False)
+    assert document["ready"] is True
+
+
+def test_targets_list_gpus_by_compute_capability() -> None:
+    document = call("targets", "--json").document
+    devices = {device["name"]: device["gpu"] for device in document["devices"]}
+    assert devices["a100"] == "8.0"
+    assert devices["rtx3090"] == "8.6"
+    assert devices["host"] == ""
+    assert "rtx-6000-ada" in call("targets").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--target", "cuda", "--device", "jetson-orin", "--backend", "tensorrt-rtx"), 2, "jetson-orin has 8.7"),
+        (("--target", "cuda", "--device", "jetson-orin"), 3, "nothing here builds engines for jetson-orin"),
+        (("--target", "cuda", "--device", "rtx4090", "--backend", "tensorrt"), 3, "which needs no GPU"),
+        (("--target", "cuda"), 3, "this machine has no NVIDIA GPU to build for"),
+        (("--target", "cuda", "--mcpu", "x86-64-v3"), 2, "is a CPU"),
+        (("--target", "cuda", "--device", "sm89", "--mcpu", "x86-64-v3"), 2, "are for CPUs"),
+        (("--target", "cuda", "--device", "sm89", "--no-winograd"), 2, "says nothing to --target cuda"),
+        (("--target", "cuda", "--device", "sm89", "--optimize", "measured"), 2, "no knobs to measure"),
+        (("--backend", "tensorrt-rtx"), 2, "--backend is for --target cuda"),
+        (("--workspace", "64"), 2, "--workspace is for --target cuda"),
+        (("--device", "rtx4090"), 2, "'rtx4090' is a GPU"),
+        (("--device", "rtx4091"), 2, "did you mean rtx4090"),
+        (("--target", "cuda", "--target", "llvm", "--device", "sm89"), 2, "try: --target cuda --device sm89"),
+    ],
+)  # fmt: skip
+def test_flags_that_contradict_are_refused_before_any_work(
+    digits: Digits, tmp_path: Path, flags: tuple[str, ...], code: int, said: str
+) -> None:
+    tensorrt_rtx()
+    outcome = call("compile", digits.model, "--weights", digits.weights, "-o", tmp_path / "d.cnncc", *flags, code=code)
+    assert said in outcome.stderr
+    assert "export" not in outcome.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operator_that_tensorrt_lacks_is_named_by_module(tmp_path: Path) -> None:
+    tensorrt_rtx()
+    nodes = [
+        helper.make_node("Abs", ["x"], ["a"], "abs"),
+        helper.make_node("Bernoulli", ["a"], ["b"], "first"),
+        helper.make_node("NonZero", ["b"], ["y"], "second"),
+    ]
+    model = tmp_path / "m.onnx"
+    model.write_bytes(graph_of(nodes, {"x": [2, 3]}, {"y": (7, [2, None])}).serialized)
+    outcome = call("compile", model, "--target", "cuda", "--device", "sm89", "-o", tmp_path / "m.cnncc", code=4)
+    assert "TensorRT-RTX 1.7.1.116 cannot build 2 nodes of the graph" in outcome.stderr
+    assert "first (Bernoulli 'first'): TensorRT-RTX 1.7.1.116 has no operator Bernoulli" in outcome.stderr
+    assert "second (NonZero 'second'): " in outcome.stderr

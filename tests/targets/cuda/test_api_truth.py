@@ -1,0 +1,104 @@
+"""Whether TensorRT 10, TensorRT 11 and TensorRT-RTX have all that the cuda target uses of them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.calibration.rtx import tensorrt_rtx
+from tests.conftest import ROOT
+from tests.targets.cuda.bindings import api_of, describe
+
+SOURCE = ROOT / "cnncc" / "targets" / "cuda"
+
+SHARED: dict[str, dict[str, str | None]] = {
+    "Builder": {
+        "__init__": "logger",
+        "create_network": "flags",
+        "create_builder_config": "",
+        "create_optimization_profile": "",
+        "build_serialized_network": "network, config",
+    },
+    "BuilderFlag": {"TF32": None},
+    "IBuilderConfig": {
+        "add_optimization_profile": "profile",
+        "builder_optimization_level": None,
+        "clear_flag": "flag",
+        "profiling_verbosity": None,
+        "progress_monitor": None,
+        "set_memory_pool_limit": "pool, pool_size",
+    },
+    "ILogger": {"ERROR": None, "INTERNAL_ERROR": None, "WARNING": None, "log": "severity, msg"},
+    "INetworkDefinition": {"get_input": "index", "num_inputs": None},
+    "IOptimizationProfile": {"set_shape": "input, min, opt, max"},
+    "IProgressMonitor": {
+        "phase_start": "phase_name, parent_phase, num_steps",
+        "phase_finish": "phase_name",
+        "step_complete": "phase_name, step",
+    },
+    "ITensor": {"name": None, "shape": None},
+    "MemoryPoolType": {"WORKSPACE": None},
+    "NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": None},
+    "OnnxParser": {
+        "__init__": "network, logger",
+        "get_error": "index",
+        "num_errors": None,
+        "parse": "model, path",
+        "supports_operator": "op_name",
+    },
+    "ParserError": {"desc": "", "node": "", "node_name": ""},
+    "ProfilingVerbosity": {"DETAILED": None},
+}
+"""Class → member → parameters; None for what is no function."""
+
+RTX_ONLY: dict[str, dict[str, str | None]] = {
+    "ComputeCapability": {"SM75": None, "SM80": None, "SM86": None, "SM89": None, "SM120": None, "SM121": None},
+    "IBuilderConfig": {"num_compute_capabilities": None, "set_compute_capability": "compute_capability, index"},
+}
+
+
+def check(api: dict[str, dict[str, str | None]], expected: dict[str, dict[str, str | None]]) -> None:
+    for kind, members in expected.items():
+        for member, parameters in members.items():
+            assert member in api.get(kind, {}), f"{kind}.{member} is missing"
+            if parameters is not None:
+                assert api[kind][member] == parameters, f"{kind}.{member}"
+
+
+@pytest.mark.parametrize("major", [10, 11])
+def test_tensorrt_has_what_is_used(major: int, tmp_path: Path) -> None:
+    api = api_of(major, tmp_path)
+    check(api, SHARED)
+    assert "ComputeCapability" not in api, "it might build for other GPUs now: see cnncc.targets.cuda.vendors"
+
+
+def test_tensorrt_rtx_has_what_is_used() -> None:
+    api = describe(tensorrt_rtx())
+    check(api, SHARED)
+    check(api, RTX_ONLY)
+    known = {name for name in api["ComputeCapability"] if re.fullmatch(r"SM\d+", name)}
+    assert known == set(RTX_ONLY["ComputeCapability"]), "the table of vendors must list what the library builds for"
+
+
+def test_the_table_above_lists_all_that_the_source_names() -> None:
+    known = {kind: SHARED.get(kind, {}) | RTX_ONLY.get(kind, {}) for kind in (*SHARED, *RTX_ONLY)}
+    members = {member for table in known.values() for member in table}
+    for path in SOURCE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Attribute):
+                continue
+            owner = node.value
+            if isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "trt":
+                assert node.attr in known[owner.attr], f"{path.name}: trt.{owner.attr}.{node.attr}"
+            if isinstance(owner, ast.Name) and owner.id in (
+                "config",
+                "builder",
+                "network",
+                "parser",
+                "tensor",
+                "error",
+            ):
+                assert node.attr in members or owner.id == "error", f"{path.name}: {owner.id}.{node.attr}"
