@@ -290,7 +290,8 @@ def choose(job: Job, int8: Variant) -> Choice:
     variants = {INT8: int8, FP32: _fp32(job)}
     payoff = _payoff(job, variants)
     if job.request.precision == AUTO:
-        if payoff.slower and job.request.table is None:
+        some = 0 < len(payoff.slower) < len(payoff.layers)  # of all of them, fp32 is the very model
+        if some and job.request.table is None:
             variants[MIXED] = _mixed(job, frozenset(layer.node for layer in payoff.slower))
             payoff = _payoff(job, variants)
         _tell(job, payoff, variants[payoff.chosen])
