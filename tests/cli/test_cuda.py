@@ -89,7 +89,7 @@ def test_int8_that_an_old_gpu_computes_in_float_is_refused(tmp_path: Path) -> No
     """TensorRT-RTX computes quantized convolutions in float on Turing, and says nothing of it."""
     tensorrt_rtx()
     made = convolution("first", "x", 3, (16, 16)), convolution("second", "first.out", 3, (16, 16))
-    nodes, weights = [node for pair, _ in made for node in pair], [weight for _, weight in made]
+    nodes, weights = [node for node, _ in made], [weight for _, weight in made]
     model = tmp_path / "m.onnx"
     model.write_bytes(graph_of(nodes, {"x": [1, 16, 8, 8]}, {"second.out": [1, 16, 8, 8]}, weights).serialized)
     flags = ("--precision", "int8", "--data", "random", "--calibration-samples", "4")
