@@ -8,7 +8,6 @@ The code that is timed is that of the bundle's own engine.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -24,8 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cnncc_runtime.bundle import Bundle, read_bundle
-from cnncc_runtime.weights import MappedWeights
+from cnncc_runtime.bundle import read_bundle
 
 SAMPLE_S = 2e-3
 """Least length of a sample: calls are repeated until it is reached, so that the clock's resolution does not show."""
@@ -62,11 +60,10 @@ def main() -> None:
         }
         best, inside = dict.fromkeys(kernels, float("inf")), dict.fromkeys(kernels, float("inf"))
         network = float("inf")
-        calls = _Calls(loaded.module, bundle, feeds)
         for _ in range(request["rounds"]):
             network = min(network, _network(lambda: session.run(feeds)))
-            with pool:
-                inside = {name: min(inside[name], seconds) for name, seconds in calls.measure().items() if name in best}
+            found = _inside(session, feeds)
+            inside = {name: min(inside[name], found[name]) for name in best}
             for name, kernel in kernels.items():
                 with pool:
                     best[name] = min(best[name], _kernel(*kernel))
@@ -92,44 +89,12 @@ def _kernel(library: Any, name: str, arguments: list[Any]) -> float:
     return statistics.median(sample(max(1, round(SAMPLE_S / max(once, 1e-7))), SAMPLES))
 
 
-class _Calls:
-    """Runs a network with a clock around each kernel call: weights and tensors are where the network finds them."""
-
-    def __init__(self, module: Any, bundle: Bundle, feeds: Mapping[str, NDArray[Any]]) -> None:
-        import tvm
-        import tvm_ffi
-
-        engine = bundle.manifest.engine
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(bundle.open(engine.weights.file)) if engine.weights else None
-            weights = MappedWeights(file, engine.weights) if file and engine.weights else ()
-        batch, entry = next(iter(engine.entries.items()))
-        taken = engine.weights.entries.get(batch, ()) if engine.weights else ()
-        self._arguments = [tvm.runtime.tensor(feeds[spec.name]) for spec in bundle.manifest.inputs]
-        self._arguments += [tvm_ffi.from_dlpack(weights[position]) for position in taken]
-        machine = module["vm_load_executable"]()
-        machine["vm_initialization"](1, 0, 2)  # on the CPU, with pooled memory
-        machine["set_instrument"](tvm_ffi.convert(self._note))
-        self._run = machine[entry]
-        self._started = 0.0
-        self._spent: Counter[str] = Counter()
-
-    def measure(self) -> dict[str, float]:
-        """Return kernel → seconds per inference: the median of some."""
-        found: dict[str, list[float]] = {}
-        for _ in range(2 * SAMPLES):
-            self._spent.clear()
-            self._run(*self._arguments)
-            for name, seconds in self._spent.items():
-                found.setdefault(name, []).append(seconds)
-        return {name: statistics.median(times) for name, times in found.items()}
-
-    def _note(self, _function: Any, name: str, before: bool, *_rest: Any) -> int:
-        if before:
-            self._started = time.perf_counter()
-        else:
-            self._spent[name] += time.perf_counter() - self._started
-        return 0  # go on
+def _inside(session: Any, feeds: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """Return kernel → seconds of all its calls in an inference, whose tensors are where the network finds them."""
+    spent: Counter[str] = Counter()
+    for name, seconds in session.profile(feeds, 2 * SAMPLES):
+        spent[name] += seconds
+    return dict(spent)
 
 
 def _network(run: Any) -> float:

@@ -287,13 +287,19 @@ def choose(job: Job, int8: Variant) -> Choice:
             "target has no model of time to predict it with; measure both on the device"
         )
         return Choice(int8)
+    here = away is None
     variants = {INT8: int8, FP32: _fp32(job)}
-    payoff = _payoff(job, variants)
+    payoff = _payoff(job, variants, engine.target.processor, here=here)
     if job.request.precision == AUTO:
         some = 0 < len(payoff.slower) < len(payoff.layers)  # of all of them, fp32 is the very model
+        if some and job.request.table is not None:
+            job.reporter.note(
+                f"int8 slows down {len(payoff.slower)} layers, and --calib says which are int8: "
+                "with --data instead, they are left in float where that is faster"
+            )
         if some and job.request.table is None:
             variants[MIXED] = _mixed(job, frozenset(layer.node for layer in payoff.slower))
-            payoff = _payoff(job, variants)
+            payoff = _payoff(job, variants, engine.target.processor, here=here)
         _tell(job, payoff, variants[payoff.chosen])
         return Choice(variants[payoff.chosen], payoff)
     if payoff.chosen == FP32:
@@ -328,10 +334,8 @@ def _tell(job: Job, payoff: Payoff, taken: Variant) -> None:
         job.reporter.note(f"int8 is no faster than fp32: {interval_text(int8.against)} of its time")
 
 
-def _payoff(job: Job, variants: dict[str, Variant]) -> Payoff:
-    profile = job.target.profile
-    engine = engine_from_plain(variants[INT8].build.value["engine"], Path())
-    here = obstacle(engine.target, engine.record) is None
+def _payoff(job: Job, variants: dict[str, Variant], processor: str, *, here: bool) -> Payoff:
+    """Return the stage's result; ``here`` says whether this machine runs the engines."""
     key = job.cache.key(
         "payoff",
         builds=[[name, variant.build.key, variant.build.digests] for name, variant in sorted(variants.items())],
@@ -344,7 +348,7 @@ def _payoff(job: Job, variants: dict[str, Variant]) -> Payoff:
         if here:
             payoff = _measure(job, variants, folder)
         else:
-            payoff = _predict(job, variants, f"{profile.name} ({engine.target.processor})", folder)
+            payoff = _predict(job, variants, f"{job.target.profile.name} ({processor})", folder)
         (folder / PAYOFF).write_bytes(canonical_json(to_plain(payoff)))
         return {"payoff": to_plain(payoff)}, {PAYOFF: folder / PAYOFF}, str(payoff)
 

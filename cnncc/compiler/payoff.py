@@ -13,7 +13,7 @@ from cnncc.compiler.bench.process import WorkerProcess
 from cnncc.compiler.bench.protocol import Opened, Profile, Profiled
 from cnncc.compiler.bench.report import Interval
 from cnncc.compiler.bench.runner import Progress, open_engine, run_benchmark, write_feeds
-from cnncc.compiler.bench.subjects import OURS, Subject
+from cnncc.compiler.bench.subjects import FP32, INT8, OURS, Subject
 from cnncc_runtime.bundle import LayerRecord, read_bundle
 from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.specs import Feeds
@@ -23,7 +23,7 @@ PAYOFF = "payoff.json"
 """The decision, in the cache and in a bundle."""
 
 MEASURED, PREDICTED = "measured", "predicted"
-FP32, INT8, MIXED = "fp32", "int8", "mixed"
+MIXED = "mixed"
 
 THREADS = 1
 """Of a measurement: with more, they wait for each other and for the machine's other programs."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnncc.calibration.plan import PRODUCTS
+from cnncc.compiler.audit import executed
 from cnncc.compiler.bench.conversion import convert_subjects
 from cnncc.compiler.bench.referee import Referee
 from cnncc.compiler.bench.report import BenchmarkReport
@@ -139,8 +139,7 @@ def _executed(bundle: Bundle) -> str:
     """Return what a bundle multiplies, by its list of kernels."""
     if not _quantized(bundle):
         return FP32
-    products = {layer.precision for layer in bundle.manifest.layers if PRODUCTS.intersection(layer.ops)}
-    return INT8 if INT8 in products else FLOAT_QDQ
+    return INT8 if INT8 in executed(bundle.manifest.layers).values() else FLOAT_QDQ
 
 
 def _batch(bundle: Bundle, batch: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnncc.targets.base import Availability, BuildOptions, Engine, NodeIssue, Preflight, Profile
-from cnncc.targets.cuda.vendors import AUTO, BACKENDS, RTX, VENDORS, Chosen, choose, installed, load, vendor_of
+from cnncc.targets.cuda.vendors import AUTO, BACKENDS, VENDORS, Chosen, choose, installed, load, vendor_of
 from cnncc.targets.devices import HOST, host_machine
 from cnncc.targets.entries import batch_sizes
 from cnncc_runtime.bundle import EngineRecord, TargetRecord
@@ -174,6 +174,3 @@ def _failures(chosen: Chosen) -> Iterator[None]:
         raise BuildFailed(
             f"{chosen} failed: {reason}", hint="report it with the model that `cnncc export` writes"
         ) from exc
-
-
-__all__ = ["ENGINE", "RTX", "CudaTarget"]

@@ -214,7 +214,7 @@ class PositiveDots(Dots):
 
     @property
     def instructions(self) -> float:
-        """Three instructions: measured 1.6 to 2.4 on Zen 3, a quarter less than two of `PairDots` each."""
+        """Three instructions: measured 1.4 to 2.4 on Zen 3, a quarter less than two of `PairDots` each."""
         return 2.1
 
     def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
