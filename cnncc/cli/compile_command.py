@@ -58,17 +58,18 @@ _KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
 @click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8", "auto"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "auto"]),
     default="fp32",
     show_default=True,
-    help="int8 is calibrated on --data, or made by --calib; auto keeps in float what costs accuracy or time.",
+    help="fp16, bf16: --target cuda only. int8 is calibrated on --data, or made by --calib; auto keeps in float what "
+    "costs accuracy or time.",
 )
 @click.option("--calib", type=click.Path(path_type=Path), help="A table of `cnncc calibrate`, instead of calibrating.")
 @click.option(
     "--max-fallback",
     type=click.IntRange(0),
     metavar="LAYERS",
-    help="Layers that are int8 in the model and may be computed in float.  [default: 0 with int8, any with auto]",
+    help="Layers that may be computed wider than the model has them.  [default: any with auto, else 0]",
 )
 @click.option(
     "--allow-slow", is_flag=True, help="Take int8 without comparing it with fp32; otherwise slower int8 is refused."
@@ -170,9 +171,10 @@ def command(
     something else leaves none. Stages are cached, so a rerun makes only what changed.
     """
     from cnncc.calibration.contract import read_labels, read_preprocessing
+    from cnncc.compiler.compile_request import CALIBRATED
     from cnncc.compiler.kernel_stage import BUDGET, RULES, Optimize
     from cnncc.compiler.model_reference import parse_reference
-    from cnncc.compiler.pipeline import FP32, INT8, CompileRequest, compile_all
+    from cnncc.compiler.pipeline import AUTO, FP32, CompileRequest, compile_all
     from cnncc.targets.base import GpuOptions, KernelOptions
     from cnncc.targets.devices import resolve_profile
 
@@ -184,10 +186,10 @@ def command(
     if not winograd and winograd_growth is not None:
         raise UsageError("--winograd-growth says nothing with --no-winograd", hint="leave one of them out")
     calibration = _calibration(precision, data, calib, preprocess, given)
-    if precision == FP32 and (max_fallback is not None or allow_slow):
+    if (allow_slow and precision not in CALIBRATED) or (max_fallback is not None and precision == FP32):
         flag = "--allow-slow" if allow_slow else "--max-fallback"
-        raise UsageError(f"{flag} says nothing with --precision fp32", hint="add --precision int8")
-    if precision == INT8 and max_fallback is None:
+        raise UsageError(f"{flag} says nothing with --precision {precision}", hint="add --precision int8")
+    if precision not in (FP32, AUTO) and max_fallback is None:
         max_fallback = 0
     _check_target_flags(set(targets))
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
@@ -252,12 +254,14 @@ def _calibration(
     Raises:
         UsageError: Flags that say nothing beside the others.
     """
-    from cnncc.compiler.pipeline import FP32
+    from cnncc.compiler.compile_request import CALIBRATED
 
     asked = _asked(given)
-    if precision == FP32 and (asked or calib is not None):
+    if precision not in CALIBRATED and (asked or calib is not None):
         flag = asked[0] if asked else "--calib"
-        raise UsageError(f"{flag} says nothing with --precision fp32", hint="add --precision int8, or leave it out")
+        raise UsageError(
+            f"{flag} says nothing with --precision {precision}", hint="add --precision int8, or leave it out"
+        )
     if calib is not None and asked:
         raise UsageError(f"{asked[0]} says nothing beside --calib", hint="give it to `cnncc calibrate`")
     calibration = calibration_of(data, preprocess, given)

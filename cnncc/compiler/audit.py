@@ -1,9 +1,11 @@
-"""Executed precision: which layers of a quantized model an engine multiplies in int8, by its own list of kernels."""
+"""Executed precision: which layers of a narrow model an engine multiplies in its type, by its own list of kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import onnx
 
 from cnncc.calibration.plan import PRODUCTS
 from cnncc.graph.names import module_path, node_label
@@ -11,18 +13,20 @@ from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc_runtime.bundle import LayerRecord
 
 _INT8 = "int8"
+_EXECUTED = {"int8": _INT8, "fp16": "float16", "bf16": "bfloat16"}
+"""Precision → how kernels are said to multiply."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What became of the layers that a graph quantizes.
+    """What became of the layers that a graph quantizes, or has in half precision.
 
     Attributes:
-        quantized: Convolutions and products with dequantized weights.
-        fallbacks: Those that the engine does not multiply in int8: module path and node.
+        asked: Convolutions and products that are so in the graph.
+        fallbacks: Those that the engine does not multiply so: module path and node.
     """
 
-    quantized: int
+    asked: int
     fallbacks: tuple[str, ...]
 
 
@@ -36,15 +40,26 @@ def executed(layers: Iterable[LayerRecord]) -> dict[str, str]:
     return found
 
 
-def audit(graph: OnnxGraph, layers: Iterable[LayerRecord]) -> Audit:
+def audit(graph: OnnxGraph, layers: Iterable[LayerRecord], precision: str = "int8") -> Audit:
     """Compare what a graph asks for with what an engine does.
 
     Args:
-        graph: With Q/DQ; what the engine was built from.
+        graph: With Q/DQ, or in half precision; what the engine was built from.
         layers: The engine's kernels.
+        precision: ``int8``, ``fp16`` or ``bf16``.
     """
-    dequantized = {node.output[0] for node in graph.nodes if node.op_type == "DequantizeLinear"}
-    asked = [node for node in graph.nodes if node.op_type in PRODUCTS and dequantized.issuperset(node.input[:2])]
+    asked = _quantized(graph) if precision == _INT8 else _half(graph)
     found = executed(layers)
-    missed = [node for node in asked if found.get(node_label(node)) != _INT8]
+    missed = [node for node in asked if found.get(node_label(node)) != _EXECUTED[precision]]
     return Audit(len(asked), tuple(f"{module_path(node)} ({node_label(node)})" for node in missed))
+
+
+def _quantized(graph: OnnxGraph) -> list[onnx.NodeProto]:
+    dequantized = {node.output[0] for node in graph.nodes if node.op_type == "DequantizeLinear"}
+    return [node for node in graph.nodes if node.op_type in PRODUCTS and dequantized.issuperset(node.input[:2])]
+
+
+def _half(graph: OnnxGraph) -> list[onnx.NodeProto]:
+    narrow = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    halves = {value.name for value in graph.proto.graph.value_info if value.type.tensor_type.elem_type in narrow}
+    return [node for node in graph.nodes if node.op_type in PRODUCTS and node.output[0] in halves]

@@ -222,8 +222,8 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
         asked.kernels,
         asked.measured,
         asked.gpu,
-        lambda what, fraction: send(progress=[what, fraction]),
-        _specialize,
+        progress=lambda what, fraction: send(progress=[what, fraction]),
+        specialize=_specialize,
     )
     try:
         target = load_target(request["target"], options.profile)

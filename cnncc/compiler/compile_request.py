@@ -12,6 +12,10 @@ from cnncc.targets.base import GpuOptions, KernelOptions, Profile
 from cnncc_runtime.preprocess import Preprocessing
 
 FP32, INT8, AUTO = "fp32", "int8", "auto"
+FP16, BF16 = "fp16", "bf16"
+HALVES = (FP16, BF16)
+CALIBRATED = (INT8, AUTO)
+"""Precisions that need scales."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class CompileRequest:
         labels: Replaces the class names that stand beside the model.
         keep_failed: Keep a bundle whose parity failed, marked so.
         reference: Store the cleaned ONNX in the bundle, for `verify` and `bench`.
-        precision: ``fp32``, ``int8`` by a calibration or its table, or ``auto``: int8 where it pays.
+        precision: ``fp32``; ``fp16`` or ``bf16``, where the target computes in them; ``int8`` by a calibration or its
+            table; or ``auto``: int8 where it pays.
         calibration: How to calibrate, for int8 without a table.
         table: A calibration table made before.
-        max_fallback: Layers that are int8 in the graph and may be float in the engine; None for any number.
+        max_fallback: Layers that are int8 (or half precision) in the graph and may be wider in the engine; None for any
+            number.
         allow_slow: Whether int8 is taken unmeasured, whether it is faster than fp32 or not.
     """
 

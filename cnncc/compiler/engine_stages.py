@@ -17,11 +17,12 @@ from cnncc.calibration.table import CalibrationTable, read_table
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain, predict_apart
 from cnncc.compiler.cache import Cache
 from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
-from cnncc.compiler.compile_request import AUTO, FP32, INT8, CompileRequest
+from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.graph_stages import CLEANED, EXPORTED, preprocessing_of, specs_of
 from cnncc.compiler.kernel_stage import KERNELS, kernel_stage
 from cnncc.compiler.keys import tools, versions
+from cnncc.compiler.narrow_stage import narrow_stage
 from cnncc.compiler.payoff import MIXED, PAYOFF, THREADS, Payoff, interval_text, measure, predicted
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
@@ -86,13 +87,20 @@ class Variant:
         precision: As the manifest calls it.
         graph: The stage that made the graph: the cleaned one, or its Q/DQ form.
         build: The stage that builds the engine.
-        table: By which it was quantized; None for fp32, and for models that came with Q/DQ.
+        table: By which it was quantized; None for other precisions, and for models that came with Q/DQ.
+        wide: The stage that made the graph before it was narrowed; None where it was not.
     """
 
     precision: str
     graph: Stage
     build: Stage
     table: CalibrationTable | None = None
+    wide: Stage | None = None
+
+    @property
+    def meant(self) -> Stage:
+        """The stage whose graph says what the engine is to compute: in half precision too, what float32 says."""
+        return self.wide or self.graph
 
     @property
     def reference(self) -> str:
@@ -135,6 +143,9 @@ def quantized(job: Job) -> Variant:
         return Variant(INT8, clean, _build_stage(job, clean))
     if request.precision == FP32:
         return _fp32(job)
+    if request.precision in HALVES:
+        graph = narrow_stage(job.export, clean, request.precision, request.batches[:1], job.cache, job.reporter)
+        return Variant(request.precision, graph, _build_stage(job, graph), wide=clean)
     if request.table is not None:
         table = read_table(request.table)
         _check_preprocessing(table, request.preprocessing or preprocessing_of(job.export))
@@ -197,7 +208,7 @@ def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
 
 def build_options(request: CompileRequest) -> BuildOptions:
     """Return what a request asks of a build, before anything was measured."""
-    return BuildOptions(request.profile, request.batches, request.kernels, gpu=request.gpu)
+    return BuildOptions(request.profile, request.batches, request.kernels, gpu=request.gpu, precision=request.precision)
 
 
 def _options(job: Job, measured: str) -> BuildOptions:
@@ -234,7 +245,7 @@ def _kernels(engine: Engine) -> str:
 
 
 def check_fallback(job: Job, variant: Variant) -> None:
-    """Tell which layers of a quantized graph the engine computes in float, or refuse it.
+    """Tell which layers of a graph the engine computes in a wider type than the graph says, or refuse it.
 
     Raises:
         BudgetExceeded: They are more than may be.
@@ -246,19 +257,19 @@ def check_fallback(job: Job, variant: Variant) -> None:
 
     request = job.request
     layers = msgspec.convert(variant.build.value["engine"]["layers"], tuple[LayerRecord, ...])
-    found = audit(load_trusted(variant.graph.file(CLEANED)), layers)
+    found = audit(load_trusted(variant.graph.file(CLEANED)), layers, variant.precision)
     if not found.fallbacks:
         return
-    said = f"{request.target} computes {len(found.fallbacks)} of {found.quantized} int8 layers in float32"
+    name, width = variant.precision, "float32" if variant.precision == INT8 else "another type"
+    said = f"{request.target} computes {len(found.fallbacks)} of {found.asked} {name} layers in {width}"
     if not layers:
-        said = (
-            f"nobody can tell how {request.target} computes the {found.quantized} int8 layers: its engine does not say"
-        )
+        said = f"nobody can tell how {request.target} computes the {found.asked} {name} layers: its engine does not say"
+    keep = "; --keep MODULE leaves a layer in float on purpose" if variant.precision == INT8 else ""
     if request.max_fallback is not None and len(found.fallbacks) > request.max_fallback:
         raise BudgetExceeded(
             said,
             where=found.fallbacks[:_SHOWN],
-            hint=f"--max-fallback {len(found.fallbacks)} allows it; --keep MODULE leaves a layer in float on purpose",
+            hint=f"--max-fallback {len(found.fallbacks)} allows it" + keep,
         )
     more = ", …" if len(found.fallbacks) > _SHOWN else ""
     job.reporter.note(f"{said}: {', '.join(found.fallbacks[:_SHOWN])}{more}")
@@ -446,7 +457,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
             GOLDEN: ("golden", proof.golden),
         }
         if request.reference:
-            files[REFERENCE] = ("reference", variant.graph.file(CLEANED))
+            files[REFERENCE] = ("reference", variant.meant.file(CLEANED))
         if variant.table is not None:
             files[TABLE] = ("report", variant.table.to_bytes())
         if payoff is not None:
@@ -495,7 +506,7 @@ def _prove(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> _Proof:
         job.reporter.note(
             f"built, not executed here ({away.message}): parity is pending until `cnncc verify` runs on the device"
         )
-    cleaned = functools.partial(load_trusted, variant.graph.file(CLEANED))
+    cleaned = functools.partial(load_trusted, variant.meant.file(CLEANED))
     # a quantized engine is to compute what the Q/DQ graph says; how far that is from the model, calibration measured
     exported = cleaned if variant.table else functools.partial(load_trusted, job.export.file(EXPORTED))
     with EngineProcess(trial) if away is None else nullcontext() as process:

@@ -5,6 +5,7 @@
     export   MODEL, weights, shapes      → exported.onnx, program.pt2
     clean    exported.onnx               → cleaned.onnx          (numerics proved on the spot)
     calibrate, quantize                  → cleaned.onnx with Q/DQ, calibration.json (only for int8)
+    narrow   cleaned.onnx                → cleaned.onnx in half precision           (only for fp16 and bf16)
     kernels  cleaned.onnx, measurements  → kernels.json          (only where kernels are measured, or were before)
     build    cleaned.onnx, target        → engine.so, weights.bin
     payoff   engines in int8 and fp32    → payoff.json           (only for int8: which is faster)
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnncc.compiler.cache import Cache, default_cache_folder
-from cnncc.compiler.compile_request import AUTO, FP32, INT8, CompileRequest
+from cnncc.compiler.compile_request import AUTO, BF16, CALIBRATED, FP16, FP32, INT8, CompileRequest
 from cnncc.compiler.engine_stages import (
     Job,
     build_options,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "BF16",
+    "FP16",
     "FP32",
     "INT8",
     "CompileRequest",
@@ -225,7 +228,7 @@ def _prepare(request: CompileRequest) -> tuple[Target, Preflight]:
         CnnccError: As `compile`.
     """
     check_output(request.output)
-    if request.precision != FP32 and request.table is None:
+    if request.precision in CALIBRATED and request.table is None:
         request.calibration.check()
     target = load_target(request.target, request.profile)
     check_optimize(request.optimize, target)

@@ -137,6 +137,8 @@ class BuildOptions:
         kernels: What the choice of kernels must heed.
         measured: What `Measuring.measure` returned; empty where rules alone choose.
         gpu: What the libraries for GPUs must heed.
+        precision: What the graph computes in, for a target to say no before there is one (`Preflighting`): ``fp32``,
+            ``fp16``, ``bf16``, ``int8`` or ``auto``. A build does what the graph says.
         progress: Told how far the build is.
         specialize: Makes the graph of one batch size; the compiler hands in its passes, since targets may not import
             them. By default the batch is bound and nothing is folded.
@@ -147,6 +149,7 @@ class BuildOptions:
     kernels: KernelOptions = KernelOptions()
     measured: str = ""
     gpu: GpuOptions = GpuOptions()
+    precision: str = "fp32"
     progress: Progress = field(default=_no_progress, compare=False)
     specialize: Specialize = field(default=_bind_batch, compare=False)
 

@@ -6,8 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from cnncc_runtime.bundle import read_bundle
 from cnncc_runtime.gpu import host_gpus
@@ -103,6 +104,32 @@ def test_int8_that_an_old_gpu_computes_in_float_is_refused(tmp_path: Path) -> No
     assert "int8 asked, float32 executed" in call("inspect", tmp_path / "m.cnncc").stdout
 
 
+def test_half_precision_is_the_graphs_own_and_audited(digits: Digits, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    bundle = tmp_path / "d.cnncc"
+    outcome = compile_digits(digits, bundle, "--device", "rtx4090", "--precision", "fp16")
+    assert "10 of 10 nodes in fp16, output SQNR " in outcome.stderr
+    assert "written: cuda sm89, fp16, parity pending" in outcome.stdout
+    assert "fp16 asked, float16 executed" in call("inspect", bundle).stdout
+    fp32 = compile_digits(digits, tmp_path / "f.cnncc", "--device", "rtx4090", "--json").document["bundles"][0]
+    assert read_bundle(bundle).manifest.engine_bytes < 0.8 * fp32["engine_bytes"]
+
+
+def test_half_precision_that_loses_the_outputs_is_refused(tmp_path: Path) -> None:
+    """Values below float16's smallest become 0; bfloat16 has float32's range."""
+    tensorrt_rtx()
+    node, weights = convolution("first", "x", 3, (16, 16))
+    tiny = numpy_helper.from_array(numpy_helper.to_array(weights) * np.float32(1e-9), weights.name)
+    model = tmp_path / "m.onnx"
+    model.write_bytes(graph_of([node], {"x": [1, 16, 8, 8]}, {"first.out": [1, 16, 8, 8]}, [tiny]).serialized)
+    arguments = ("compile", model, "--target", "cuda", "--device", "sm80", "-o", tmp_path / "m.cnncc", "--precision")
+    outcome = call(*arguments, "fp16", code=1)
+    assert "fp16 leaves 0.0 dB for the outputs" in outcome.stderr
+    assert "try: --precision bf16" in outcome.stderr
+    call(*arguments, "bf16")
+    assert "bf16 asked, bfloat16 executed" in call("inspect", tmp_path / "m.cnncc").stdout
+
+
 def test_what_a_gpu_cannot_compute_at_all_is_named_by_module(digits: Digits, tmp_path: Path) -> None:
     tensorrt_rtx()
     outcome = compile_digits(digits, tmp_path / "d.cnncc", "--device", "t4", code=5)
@@ -151,6 +178,9 @@ def test_targets_list_gpus_by_compute_capability() -> None:
         (("--target", "cuda", "--device", "sm89", "--mcpu", "x86-64-v3"), 2, "are for CPUs"),
         (("--target", "cuda", "--device", "sm89", "--no-winograd"), 2, "says nothing to --target cuda"),
         (("--target", "cuda", "--device", "sm89", "--optimize", "measured"), 2, "no knobs to measure"),
+        (("--precision", "fp16"), 2, "the llvm target does not compute in fp16"),
+        (("--target", "cuda", "--device", "sm89", "--precision", "fp16", "--allow-slow"), 2, "--allow-slow says"),
+        (("--target", "cuda", "--device", "sm89", "--precision", "bf16", "--keep", "x"), 2, "--keep says nothing"),
         (("--backend", "tensorrt-rtx"), 2, "--backend is for --target cuda"),
         (("--workspace", "64"), 2, "--workspace is for --target cuda"),
         (("--device", "rtx4090"), 2, "'rtx4090' is a GPU"),

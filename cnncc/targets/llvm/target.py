@@ -63,15 +63,19 @@ class LlvmTarget:
         return Availability("ready", f"TVM {_version('apache-tvm')}, {linker.version}")
 
     def preflight(self, options: BuildOptions) -> Preflight:
-        """Refuse a GPU; see `cnncc.targets.base.Preflighting`.
+        """Refuse GPUs and half precision; see `cnncc.targets.base.Preflighting`.
 
         Raises:
-            UsageError: The device is a GPU.
+            UsageError: The device is a GPU, or the precision none of a CPU's.
         """
         if options.profile.gpu:
             raise UsageError(
                 f"the llvm target builds for CPUs, and '{options.profile.name}' is a GPU",
                 hint=f"--target cuda --device {options.profile.name}",
+            )
+        if options.precision in ("fp16", "bf16"):
+            raise UsageError(
+                f"the llvm target does not compute in {options.precision}", hint="--precision fp32, int8 or auto"
             )
         return Preflight((self.name,))
 

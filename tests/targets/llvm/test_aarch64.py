@@ -98,7 +98,7 @@ def runner(board: Board, cpu: str, folder: Path) -> Run:
 def test_a_quantized_network_is_exact(cpu: str, boards: dict[str, Board], engines: dict[str, Engine]) -> None:
     engine = engines[cpu]
     found = audit(network(), engine.layers)
-    assert (found.quantized, found.fallbacks) == (9, ())
+    assert (found.asked, found.fallbacks) == (9, ())
     for feeds in feeds_of(images(3, seed=1, shape=SHAPE)):
         (got,) = boards[cpu].run(engine, [feeds["x"]])
         (want,) = Reference(network()).run(feeds).values()

@@ -1,0 +1,106 @@
+"""Graphs in half precision: what stays in float32, and what rounding costs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cnncc.compiler.half import emulated, narrow, overflowing, rounding_sqnr
+from cnncc.graph.onnx_graph import OnnxGraph
+from cnncc.graph.reader import with_shapes
+from cnncc.graph.reference import Reference
+from tests.targets.conformance import feeds_of, graph_of, small_graph
+
+KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+def of(*nodes: tuple[str, str, str], scale: float = 1.0) -> OnnxGraph:
+    """Return operators of one input and one output behind a product with weights of this size."""
+    weights = numpy_helper.from_array(np.full((4, 4), scale, np.float32), "w")
+    made = [helper.make_node("MatMul", ["x", "w"], ["m"], "product")]
+    made += [helper.make_node(op, [source], [result], result) for op, source, result in nodes]
+    last = made[-1].output[0]
+    return with_shapes(graph_of(made, {"x": [2, 4]}, {last: [2, 4]}, [weights]))
+
+
+def kinds(graph: OnnxGraph) -> dict[str, int]:
+    """Return node → element type of its result."""
+    values = (*graph.proto.graph.value_info, *graph.proto.graph.output)
+    known = {value.name: value.type.tensor_type.elem_type for value in values}
+    return {node.name: known[node.output[0]] for node in graph.nodes if node.output[0] in known}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_computes_is_narrow_and_the_interface_is_not(precision: str) -> None:
+    graph = with_shapes(small_graph("N"))
+    found = narrow(graph, precision)
+    assert (found.wide, found.nodes) == ((), len(graph.nodes))
+    assert found.graph.inputs == graph.inputs
+    assert found.graph.outputs == graph.outputs
+    made = kinds(found.graph)
+    assert {made[node.name] for node in graph.nodes} == {KINDS[precision]}
+    assert {tensor.data_type for tensor in found.graph.proto.graph.initializer} == {KINDS[precision]}
+    assert [node.op_type for node in found.graph.nodes].count("Cast") == 2
+
+
+def test_float16_computes_what_its_emulation_says() -> None:
+    graph = with_shapes(small_graph())
+    feeds = [feeds_of(graph)]
+    emulation, real = emulated(graph, "fp16"), narrow(graph, "fp16").graph
+    assert 50 < rounding_sqnr(graph, emulation, feeds) < 80
+    assert 50 < rounding_sqnr(graph, real, feeds) < 80
+    assert rounding_sqnr(graph, emulated(graph, "bf16"), feeds) < rounding_sqnr(graph, emulation, feeds)
+
+
+def test_operators_that_overflow_stay_wide_between_narrow_ones() -> None:
+    graph = of(("Exp", "m", "e"), ("Relu", "e", "r"), ("Neg", "r", "y"))
+    found = narrow(graph, "fp16")
+    assert found.wide == ("e (e)",)
+    made = kinds(found.graph)
+    assert made["e"] == TensorProto.FLOAT
+    assert made["r"] == made["y"] == made["product"] == TensorProto.FLOAT16
+    np.testing.assert_allclose(
+        Reference(found.graph).run(feeds_of(graph))["y"], Reference(graph).run(feeds_of(graph))["y"], rtol=1e-1
+    )
+
+
+def test_values_near_the_largest_keep_their_readers_and_makers_wide() -> None:
+    graph = of(("Relu", "m", "r"), ("Sigmoid", "r", "s"), ("Neg", "s", "y"), scale=9000.0)
+    feeds = [{"x": np.ones((2, 4), np.float32)}]
+    prone = overflowing(graph, feeds)
+    assert prone == ("product", "r", "s")
+    assert narrow(graph, "fp16", prone).wide == ("product (product)", "r (r)", "s (s)")
+    assert rounding_sqnr(graph, emulated(graph, "fp16", prone), feeds) > 60
+    small = of(("Relu", "m", "y"), scale=0.1)
+    assert overflowing(small, feeds) == ()
+
+
+def test_what_is_not_finite_has_no_quality() -> None:
+    graph = of(("Relu", "m", "y"), scale=60000.0)
+    assert rounding_sqnr(graph, emulated(graph, "fp16"), [{"x": np.ones((2, 4), np.float32)}]) == -math.inf
+
+
+def test_one_tensor_is_cast_once_and_an_output_in_the_middle_keeps_its_name() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], "r"),
+        helper.make_node("Exp", ["r"], ["a"], "a"),
+        helper.make_node("Log", ["r"], ["b"], "b"),
+        helper.make_node("Neg", ["r"], ["c"], "c"),
+    ]
+    graph = with_shapes(graph_of(nodes, {"x": [2]}, {"r": [2], "a": [2], "b": [2], "c": [2]}))
+    found = narrow(graph, "fp16").graph
+    casts = [(node.input[0], node.output[0]) for node in found.nodes if node.op_type == "Cast"]
+    assert casts == [("x", "x_fp16"), ("r_fp16", "r"), ("c_fp16", "c")]
+    assert set(Reference(found).run({"x": np.ones(2, np.float32)})) == {"r", "a", "b", "c"}
+
+
+def test_scales_of_a_resize_stay_float32() -> None:
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], "up", mode="nearest")
+    graph = with_shapes(graph_of([node], {"x": [1, 2, 4, 4]}, {"y": [1, 2, 8, 8]}, [scales]))
+    found = narrow(graph, "fp16").graph
+    assert {tensor.name: tensor.data_type for tensor in found.proto.graph.initializer} == {"scales": TensorProto.FLOAT}
+    assert rounding_sqnr(graph, found, [feeds_of(graph)]) > 60
