@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from cnncc.calibration.plan import PRODUCTS
+from cnncc.graph.half import HALVES, half_values
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc_runtime.bundle import LayerRecord
@@ -41,7 +42,7 @@ def executed(layers: Iterable[LayerRecord]) -> dict[str, str]:
 
 
 def audit(graph: OnnxGraph, layers: Iterable[LayerRecord], precision: str = "int8") -> Audit:
-    """Compare what a graph asks for with what an engine does.
+    """Compare what a graph asks for with what an engine does: half precision where weights or results are of that type.
 
     Args:
         graph: With Q/DQ, or in half precision; what the engine was built from.
@@ -60,6 +61,10 @@ def _quantized(graph: OnnxGraph) -> list[onnx.NodeProto]:
 
 
 def _half(graph: OnnxGraph) -> list[onnx.NodeProto]:
-    narrow = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    halves = {value.name for value in graph.proto.graph.value_info if value.type.tensor_type.elem_type in narrow}
-    return [node for node in graph.nodes if node.op_type in PRODUCTS and node.output[0] in halves]
+    own = graph.proto.graph
+    halves = half_values(graph).keys() | {tensor.name for tensor in own.initializer if tensor.data_type in HALVES}
+    return [
+        node
+        for node in graph.nodes
+        if node.op_type in PRODUCTS and not halves.isdisjoint((*node.input[1:2], *node.output))
+    ]

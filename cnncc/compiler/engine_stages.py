@@ -85,22 +85,15 @@ class Variant:
 
     Attributes:
         precision: As the manifest calls it.
-        graph: The stage that made the graph: the cleaned one, or its Q/DQ form.
+        graph: The stage that made the graph: the cleaned one, its Q/DQ form, or that in half precision.
         build: The stage that builds the engine.
         table: By which it was quantized; None for other precisions, and for models that came with Q/DQ.
-        wide: The stage that made the graph before it was narrowed; None where it was not.
     """
 
     precision: str
     graph: Stage
     build: Stage
     table: CalibrationTable | None = None
-    wide: Stage | None = None
-
-    @property
-    def meant(self) -> Stage:
-        """The stage whose graph says what the engine is to compute: in half precision too, what float32 says."""
-        return self.wide or self.graph
 
     @property
     def reference(self) -> str:
@@ -145,7 +138,7 @@ def quantized(job: Job) -> Variant:
         return _fp32(job)
     if request.precision in HALVES:
         graph = narrow_stage(job.export, clean, request.precision, request.batches[:1], job.cache, job.reporter)
-        return Variant(request.precision, graph, _build_stage(job, graph), wide=clean)
+        return Variant(request.precision, graph, _build_stage(job, graph))
     if request.table is not None:
         table = read_table(request.table)
         _check_preprocessing(table, request.preprocessing or preprocessing_of(job.export))
@@ -457,7 +450,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
             GOLDEN: ("golden", proof.golden),
         }
         if request.reference:
-            files[REFERENCE] = ("reference", variant.meant.file(CLEANED))
+            files[REFERENCE] = ("reference", variant.graph.file(CLEANED))
         if variant.table is not None:
             files[TABLE] = ("report", variant.table.to_bytes())
         if payoff is not None:
@@ -506,14 +499,16 @@ def _prove(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> _Proof:
         job.reporter.note(
             f"built, not executed here ({away.message}): parity is pending until `cnncc verify` runs on the device"
         )
-    cleaned = functools.partial(load_trusted, variant.meant.file(CLEANED))
-    # a quantized engine is to compute what the Q/DQ graph says; how far that is from the model, calibration measured
-    exported = cleaned if variant.table else functools.partial(load_trusted, job.export.file(EXPORTED))
+    cleaned = functools.partial(load_trusted, variant.graph.file(CLEANED))
+    # an engine in int8 or half precision is to compute what its own graph says; how far that is from the model, the
+    # stage that made it measured
+    made = variant.graph is not job.clean
+    exported = cleaned if made else functools.partial(load_trusted, job.export.file(EXPORTED))
     with EngineProcess(trial) if away is None else nullcontext() as process:
         found = verify_engine(
             exported=exported,
             cleaned=cleaned,
-            torch_run=None if variant.table else _torch_run(job.export),
+            torch_run=None if made else _torch_run(job.export),
             engine_run=process.run if process else None,
             samples=feeds,
             sample_names=names,

@@ -2,9 +2,6 @@
 
 What overflows or cancels in half the bits stays in float32: operators that sum, exponentiate or normalize, and for
 float16 every node that reads or makes values near its largest. Inputs and outputs of the graph stay float32.
-
-The same change can be made with float32 arithmetic and rounded results (``emulate``): it says what rounding costs, on a
-machine that computes in neither type.
 """
 
 from __future__ import annotations
@@ -21,12 +18,16 @@ from onnx import TensorProto, helper
 from cnncc.graph.draft import Draft
 from cnncc.graph.names import MODULE_KEY, module_path, node_label, node_metadata
 from cnncc.graph.onnx_graph import OnnxGraph
+from cnncc.graph.reader import raised
 from cnncc.graph.reference import Reference
 from cnncc.graph.values import reads, subgraphs
 from cnncc_runtime.specs import Feeds
 
 FP16, BF16 = "fp16", "bf16"
 TYPES = {FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16}
+
+_BFLOAT16_OPSET = 22
+"""From which on ONNX's convolutions and pools take bfloat16."""
 
 LARGEST = 65504.0 / 8
 """Magnitude from which values stay in float32: eight times below float16's largest, since few samples are looked at."""
@@ -71,16 +72,11 @@ def narrow(graph: OnnxGraph, precision: str, prone: Collection[str] = ()) -> Nar
         precision: ``fp16`` or ``bf16``.
         prone: Labels of nodes that stay in float32, beside those that always do.
     """
-    change = _Change(Draft.of(graph), TYPES[precision], frozenset(prone), emulate=False)
+    if precision == BF16:
+        graph = raised(graph, _BFLOAT16_OPSET)
+    change = _Change(Draft.of(graph), TYPES[precision], frozenset(prone))
     change.run()
     return Narrowed(change.draft.close(), tuple(change.wide), change.nodes)
-
-
-def emulated(graph: OnnxGraph, precision: str, prone: Collection[str] = ()) -> OnnxGraph:
-    """Return the same in float32 arithmetic, every weight and result rounded to the narrow type."""
-    change = _Change(Draft.of(graph), TYPES[precision], frozenset(prone), emulate=True)
-    change.run()
-    return change.draft.close()
 
 
 def overflowing(graph: OnnxGraph, samples: Sequence[Feeds]) -> tuple[str, ...]:
@@ -105,7 +101,7 @@ def rounding_sqnr(graph: OnnxGraph, rounded: OnnxGraph, samples: Sequence[Feeds]
 
     Args:
         graph: In float32.
-        rounded: What `emulated` made of it.
+        rounded: What rounding made of it.
         samples: Inputs.
     """
     wide, narrow_ = Reference(graph), Reference(rounded)
@@ -137,7 +133,6 @@ class _Change:
     draft: Draft
     kind: int
     prone: frozenset[str]
-    emulate: bool
     wide: list[str] = field(default_factory=list)
     nodes: int = 0
     _narrow: dict[str, str] = field(default_factory=dict)
@@ -162,7 +157,7 @@ class _Change:
             if (value := self.draft.value(name)) is not None:
                 narrow_ = onnx.ValueInfoProto.FromString(value.SerializeToString())
                 narrow_.name = made
-                narrow_.type.tensor_type.elem_type = TensorProto.FLOAT if self.emulate else self.kind
+                narrow_.type.tensor_type.elem_type = self.kind
                 yield narrow_
 
     def _node(self, node: onnx.NodeProto, floats: set[str]) -> None:
@@ -179,15 +174,11 @@ class _Change:
             if name in floats:
                 wide = stays or index in _FLOAT_INPUTS.get(node.op_type, ())
                 node.input[index] = self._widen(name) if wide else self._narrowed(name, node)
-        behind = []
         for index, name in enumerate(node.output):
             if name in floats and not stays:
                 self._narrow_made.add(name)
                 self._narrow[name] = node.output[index] = self._fresh(name)
-                if self.emulate:
-                    raw = node.output[index] = self.draft.fresh(f"{name}_raw")
-                    behind += self._rounded(raw, self._narrow[name], node)
-        self._made += [node, *behind]
+        self._made.append(node)
 
     def _stays_wide(self, node: onnx.NodeProto) -> bool:
         nested = any(True for _ in subgraphs(node))
@@ -198,11 +189,7 @@ class _Change:
         if name in self._narrow_made:
             self._narrow_made.discard(name)
             made, source = self.draft.fresh(f"{name}_wide"), [self._narrow[name]]
-            self._made.append(
-                helper.make_node("Identity", source, [name], made)
-                if self.emulate
-                else helper.make_node("Cast", source, [name], made, to=TensorProto.FLOAT)
-            )
+            self._made.append(helper.make_node("Cast", source, [name], made, to=TensorProto.FLOAT))
         return name
 
     def _narrowed(self, name: str, reader: onnx.NodeProto) -> str:
@@ -212,8 +199,6 @@ class _Change:
             array = self.draft.array(name)
             if array is not None:
                 self._constant(made, array)
-            elif self.emulate:
-                self._made += self._rounded(name, made, reader)
             else:
                 self._made.append(self._cast(name, made, self.kind, reader))
         return self._narrow[name]
@@ -222,14 +207,7 @@ class _Change:
         dtype = helper.tensor_dtype_to_np_dtype(self.kind)
         with np.errstate(over="ignore"):  # an infinite bound stays one; values that large stay in float32
             rounded = array.astype(dtype)
-        if self.emulate:
-            self.draft.set_constant(name, rounded.astype(np.float32))
-        else:
-            self.draft.weights[name] = helper.make_tensor(name, self.kind, array.shape, rounded.tobytes(), raw=True)
-
-    def _rounded(self, name: str, result: str, near: onnx.NodeProto) -> list[onnx.NodeProto]:
-        between = self.draft.fresh(f"{name}_bits")
-        return [self._cast(name, between, self.kind, near), self._cast(between, result, TensorProto.FLOAT, near)]
+        self.draft.weights[name] = helper.make_tensor(name, self.kind, array.shape, rounded.tobytes(), raw=True)
 
     def _cast(self, name: str, result: str, kind: int, near: onnx.NodeProto) -> onnx.NodeProto:
         made = helper.make_node("Cast", [name], [result], result, to=kind)

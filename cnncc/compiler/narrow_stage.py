@@ -43,15 +43,16 @@ def narrow_stage(
     )
 
     def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-        from cnncc.compiler.half import FP16, emulated, narrow, overflowing, rounding_sqnr
+        from cnncc.compiler.half import FP16, narrow, overflowing, rounding_sqnr
         from cnncc.compiler.verify import random_samples
+        from cnncc.graph.half import emulated
         from cnncc.graph.reader import load_trusted
 
         graph = load_trusted(clean.file(CLEANED))
         feeds, _ = random_samples(specs_of(export, "inputs"), batches=batches, count=_SAMPLES)
         prone = overflowing(graph, feeds) if precision == FP16 else ()
         found = narrow(graph, precision, prone)
-        sqnr = rounding_sqnr(graph, emulated(graph, precision, prone), feeds)
+        sqnr = rounding_sqnr(graph, emulated(found.graph), feeds)
         if not sqnr >= LEAST_SQNR:
             lost = "nothing finite of" if sqnr == float("-inf") else f"{sqnr:.1f} dB for"
             raise BudgetExceeded(

@@ -61,6 +61,28 @@ finds what is grossly wrong; it cannot find a layer that rounds a little otherwi
 QUANTIZED_CEILING = 0.25
 """A relative floor of a quantized graph above this proves nothing: its noise is within 12 dB of its signal."""
 
+FP16_MULTIPLE, BF16_MULTIPLE = 4.0, 2.0
+"""The same for graphs in half precision, whose floor is the worst of several emulations (`cnncc.graph.half`).
+
+Right evaluations differ by where they round. Measured on the trained digits CNN, ResNet-18, MobileNetV2, SqueezeNet and
+EfficientNet-B0 (random weights, 96×96), the largest relative L2 error as multiples of the floor: no rounding 0.0, half
+of the roundings left out 0.8, Winograd F(2,3) on rounded transforms 1.2, sums of float16 rounded after every 64
+products 1.6, after every 16 (one instruction of a tensor core) 2.8. Only float16 is ever summed in its own type: tensor
+cores sum products of bfloat16 in float32 (PTX ISA, mma), so its multiple needs no room for that. F(4,3) on rounded
+transforms, 1.1 to 4.4, may be refused. Wrong ones in float16, wherever the outputs depend on the layer: its weights 1 %
+off at least 8, its bias dropped 3 to 300, 3 % off in one channel of the last layer 2 to 18 (scaled maximum error).
+bfloat16 hides eight times as much.
+"""
+
+HALF_CEILING = 0.125
+"""A relative floor of a graph in half precision above this proves nothing: rounding leaves 18 dB of the worst sample.
+
+`cnncc.compiler.narrow_stage` asks for 20 dB of all samples together.
+"""
+
+HALF_LUCK = 1.0
+"""`SAMPLING_Z` for such a floor: the worst of eight runs is no lucky one."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -69,13 +91,17 @@ class Rules:
     Attributes:
         multiple: Of the floor that an engine's error may be.
         ceiling: Floor above which nothing is proven.
+        luck: Standard deviations that the floor may have been lucky by.
     """
 
     multiple: float
     ceiling: float
+    luck: float = SAMPLING_Z
 
 
 FLOAT_RULES = Rules(ERROR_MULTIPLE, FLOOR_CEILING)
+FP16_RULES = Rules(FP16_MULTIPLE, HALF_CEILING, HALF_LUCK)
+BF16_RULES = Rules(BF16_MULTIPLE, HALF_CEILING, HALF_LUCK)
 QUANTIZED_RULES = Rules(QUANTIZED_MULTIPLE, QUANTIZED_CEILING)
 
 
@@ -332,16 +358,16 @@ def derive_tolerance(floor: Sequence[Comparison], *, rules: Rules = FLOAT_RULES)
     The floor is the worst sample's: how many digits float32 gives is a property of the model more than of a sample.
     It is estimated from finitely many errors, so it is widened by the luck that few elements allow: the logarithm
     of the ratio of two root mean squares over n errors each has a standard deviation near √(1/n), hence the factor
-    exp(`SAMPLING_Z`/√n): 7.7 for 2 elements, 2.6 for 10 logits, 1.1 for 1000.
+    exp(`Rules.luck`/√n): with `SAMPLING_Z`, 7.7 for 2 elements, 2.6 for 10 logits, 1.1 for 1000.
 
     Args:
         floor: One comparison per sample.
-        rules: Say the factor on the floor.
+        rules: Say the factor on the floor, and the luck.
     """
     scale_norm, scale_peak = _scales(floor)
     least = FLOOR_ULPS * max((c.epsilon for c in floor), default=0.0)
     counts = [c.elements for c in floor if c.elements]
-    factor = rules.multiple * math.exp(SAMPLING_Z / math.sqrt(min(counts))) if counts else rules.multiple
+    factor = rules.multiple * math.exp(rules.luck / math.sqrt(min(counts))) if counts else rules.multiple
     floor_peak = max((c.max_error / (c.max_truth or scale_peak or 1.0) for c in floor), default=0.0)
     if not scale_norm:
         return Tolerance(None, factor * floor_peak, None, floor_peak)

@@ -18,7 +18,9 @@ import numpy as np
 import onnx
 
 from cnncc.compiler.parity import (
+    BF16_RULES,
     FLOAT_RULES,
+    FP16_RULES,
     QUANTIZED_RULES,
     Comparison,
     LayerParity,
@@ -35,6 +37,7 @@ from cnncc.compiler.parity import (
     make_report,
 )
 from cnncc.graph.feeds import random_feeds
+from cnncc.graph.half import emulated, half_types, is_half, with_float_outputs
 from cnncc.graph.jitter import is_quantized, jittered
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
@@ -57,7 +60,7 @@ DEFAULT_SAMPLES = 2
 """Random samples per model where the caller gives none: one could be lucky, two seldom are."""
 
 _JITTERED = 8
-"""Runs with jitter, over all samples, that a quantized graph's noise floor is the worst of, at least."""
+"""Runs with jitter, over all samples, that the noise floor of a graph that rounds is the worst of, at least."""
 
 _LAYER_CHUNK = 256 << 20
 """Bytes of intermediate tensors that one engine of `verify_layers` gives out."""
@@ -78,18 +81,17 @@ class Verification:
 
 @dataclass(frozen=True, eq=False)
 class _Samples:
-    """The samples, and what the truth and float32 ONNX Runtime make of them; of a quantized graph, with jitter too."""
+    """The samples, and what the truth and float32 ONNX Runtime make of them; of a graph that rounds, with jitter too.
+
+    ``rules`` are those by which tolerances are derived.
+    """
 
     names: tuple[str, ...]
     feeds: tuple[Feeds, ...]
     truth: tuple[Tensors, ...]
     floor: tuple[Tensors, ...]
-    jittered: tuple[tuple[Tensors, ...], ...] = ()
-
-    @property
-    def rules(self) -> Rules:
-        """By which tolerances are derived."""
-        return QUANTIZED_RULES if self.jittered else FLOAT_RULES
+    jittered: tuple[tuple[Tensors, ...], ...]
+    rules: Rules
 
     def tolerances(self) -> dict[str, Tolerance]:
         """Derive tolerances from ONNX Runtime's errors, jittered runs included."""
@@ -310,14 +312,14 @@ def verify_layers(
     shaped = with_shapes(graph)
     found: list[LayerParity] = []
     for chunk in _chunks(_float_tensors(shaped)):
-        part = shaped.with_outputs(chunk)
+        part, outputs_of = with_float_outputs(shaped, chunk)
         measured = _measure(part, [feeds], ["sample"], truth or _exact)
         outputs = [build(part)(feeds)]
         floor, engine, tolerances = measured.compare_floor(), measured.compare(outputs), measured.tolerances()
         for node in part.nodes:
-            for name in node.output:
-                if name in engine:
-                    found.append(_layer(node, name, floor[name], engine[name], tolerances[name]))
+            for tensor in node.output:
+                if (name := outputs_of.get(tensor, "")) in engine:
+                    found.append(_layer(node, tensor, floor[name], engine[name], tolerances[name]))
     return tuple(found)
 
 
@@ -358,7 +360,8 @@ def _layer_notes(layers: Sequence[LayerParity]) -> list[str]:
 def _float_tensors(graph: OnnxGraph) -> Iterator[tuple[str, int]]:
     """Yield the name and size in bytes of every floating-point tensor that a node makes and whose type is known."""
     known = {value.name: value.type.tensor_type for value in (*graph.proto.graph.value_info, *graph.proto.graph.output)}
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    kinds = onnx.TensorProto
+    floats = (kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE)
     for node in graph.nodes:
         for name in node.output:
             tensor = known.get(name)
@@ -384,10 +387,10 @@ def _measure(source: GraphSource, samples: Sequence[Feeds], names: Sequence[str]
     if not samples or len(samples) != len(names):
         raise DataRefused(f"parity needs samples: there are {len(samples)}, with {len(names)} names")
     floor = _all(_reference(source), samples)
-    moved = _jittered(source, samples)
+    moved, rules = _jittered(source, samples)
     exact = _all(truth(_load(source)), samples)
     gc.collect()  # onnx's evaluator sits in reference cycles, and it holds the weights in float64
-    return _Samples(tuple(names), tuple(samples), exact, floor, moved)
+    return _Samples(tuple(names), tuple(samples), exact, floor, moved, rules)
 
 
 def _all(run: Run, samples: Sequence[Feeds]) -> tuple[Tensors, ...]:
@@ -397,12 +400,18 @@ def _all(run: Run, samples: Sequence[Feeds]) -> tuple[Tensors, ...]:
     return tuple(side_by_side(run, samples))
 
 
-def _jittered(source: GraphSource, samples: Sequence[Feeds]) -> tuple[tuple[Tensors, ...], ...]:
+def _jittered(source: GraphSource, samples: Sequence[Feeds]) -> tuple[tuple[tuple[Tensors, ...], ...], Rules]:
+    """Return what a graph that rounds gives where its values are moved, and the rules for graphs of its kind."""
     graph = _load(source)
-    if not is_quantized(graph):
-        return ()
-    count = max(1, math.ceil(_JITTERED / len(samples)))
-    return tuple(_all(_reference(jittered(graph, seed)), samples) for seed in range(count))
+    halves, quantized = half_types(graph), is_quantized(graph)
+    if not halves and not quantized:
+        return (), FLOAT_RULES
+    runs = []
+    for seed in range(max(1, math.ceil(_JITTERED / len(samples)))):
+        moved = emulated(graph, seed) if halves else graph
+        runs.append(_all(_reference(jittered(moved, seed)), samples))
+    half_rules = BF16_RULES if halves == {onnx.TensorProto.BFLOAT16} else FP16_RULES
+    return tuple(runs), QUANTIZED_RULES if quantized else half_rules
 
 
 def _judge_floor(measured: _Samples) -> SubjectParity:
@@ -459,8 +468,9 @@ def _load(source: GraphSource) -> OnnxGraph:
 def _reference(source: GraphSource) -> Run:
     from cnncc.graph.reference import Reference
 
+    graph = _load(source)
     # a graph of its own, so that the serialized model it caches goes with it
-    return Reference(OnnxGraph(_load(source).proto)).run
+    return Reference(emulated(graph) if is_half(graph) else OnnxGraph(graph.proto)).run
 
 
 def _exact(graph: OnnxGraph) -> Run:

@@ -121,6 +121,17 @@ def with_shapes(graph: OnnxGraph) -> OnnxGraph:
     return _shaped(graph.copy_proto())
 
 
+def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
+    """Return the graph with this operator set at least, every value's type and shape inferred.
+
+    Raises:
+        ModelRefused: onnx's version converter does not know one of its operators.
+    """
+    if graph.opset >= opset:
+        return graph
+    return _shaped(_converted(_plain(graph.copy_proto()), opset))
+
+
 def _shaped(proto: onnx.ModelProto) -> OnnxGraph:
     """Return the graph of a protobuf that nothing else holds: changed in place, since a copy copies all weights."""
     values, outputs = infer(skeleton_of(proto))
@@ -360,26 +371,27 @@ def name_nodes(graph: onnx.GraphProto) -> None:
 
 def _raised(proto: onnx.ModelProto) -> onnx.ModelProto:
     version = next(o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS)
-    if version >= OLDEST_OPSET:
-        return _plain(proto)
+    return _plain(proto) if version >= OLDEST_OPSET else _converted(_plain(proto), RAISED_OPSET)
+
+
+def _converted(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     metadata = {node.name: [(e.key, e.value) for e in node.metadata_props] for node in proto.graph.node}
-    proto = _plain(proto)
     proto.ir_version = max(proto.ir_version, 4)
     try:
-        raised = version_converter.convert_version(proto, RAISED_OPSET)
+        made = version_converter.convert_version(proto, opset)
     except Exception as exc:  # onnx's C++ raises ConvertError and RuntimeError
         raise ModelRefused(
-            f"the model's opset {version} cannot be raised to {RAISED_OPSET}: {reason(exc)}",
+            f"the model's opset {proto.opset_import[0].version} cannot be raised to {opset}: {reason(exc)}",
             hint="export the model again with a newer opset",
         ) from exc
-    raised.ir_version = _RAISED_IR
-    for node in raised.graph.node:  # the converter's own representation has no metadata
+    made.ir_version = _RAISED_IR
+    for node in made.graph.node:  # the converter's own representation has no metadata
         for key, value in metadata.get(node.name, ()):
             if node_metadata(node, key) is None:
                 node.metadata_props.add(key=key, value=value)
-    name_nodes(raised.graph)
-    _keep_interface(proto, raised)
-    return raised
+    name_nodes(made.graph)
+    _keep_interface(proto, made)
+    return made
 
 
 def _keep_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> None:

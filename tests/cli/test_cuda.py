@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
+from cnncc.compiler.verify import read_reference
+from cnncc.graph.half import half_types
 from cnncc_runtime.bundle import read_bundle
 from cnncc_runtime.gpu import host_gpus
 from tests.calibration.rtx import tensorrt_rtx
@@ -104,15 +106,19 @@ def test_int8_that_an_old_gpu_computes_in_float_is_refused(tmp_path: Path) -> No
     assert "int8 asked, float32 executed" in call("inspect", tmp_path / "m.cnncc").stdout
 
 
-def test_half_precision_is_the_graphs_own_and_audited(digits: Digits, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "executed", "kind"), [("fp16", "float16", 10), ("bf16", "bfloat16", 16)])
+def test_half_precision_is_the_graphs_own_and_audited(
+    digits: Digits, tmp_path: Path, precision: str, executed: str, kind: int
+) -> None:
     tensorrt_rtx()
     bundle = tmp_path / "d.cnncc"
-    outcome = compile_digits(digits, bundle, "--device", "rtx4090", "--precision", "fp16")
-    assert "10 of 10 nodes in fp16, output SQNR " in outcome.stderr
-    assert "written: cuda sm89, fp16, parity pending" in outcome.stdout
-    assert "fp16 asked, float16 executed" in call("inspect", bundle).stdout
+    outcome = compile_digits(digits, bundle, "--device", "rtx4090", "--precision", precision)
+    assert f"10 of 10 nodes in {precision}, output SQNR " in outcome.stderr
+    assert f"written: cuda sm89, {precision}, parity pending" in outcome.stdout
+    assert f"{precision} asked, {executed} executed" in call("inspect", bundle).stdout
     fp32 = compile_digits(digits, tmp_path / "f.cnncc", "--device", "rtx4090", "--json").document["bundles"][0]
     assert read_bundle(bundle).manifest.engine_bytes < 0.8 * fp32["engine_bytes"]
+    assert half_types(read_reference(read_bundle(bundle))) == {kind}, "it is proven against what it was built from"
 
 
 def test_half_precision_that_loses_the_outputs_is_refused(tmp_path: Path) -> None:

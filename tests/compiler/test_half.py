@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cnncc.compiler.half import emulated, narrow, overflowing, rounding_sqnr
+from cnncc.compiler.half import narrow, overflowing, rounding_sqnr
+from cnncc.graph.half import emulated
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import with_shapes
 from cnncc.graph.reference import Reference
@@ -49,10 +50,10 @@ def test_what_computes_is_narrow_and_the_interface_is_not(precision: str) -> Non
 def test_float16_computes_what_its_emulation_says() -> None:
     graph = with_shapes(small_graph())
     feeds = [feeds_of(graph)]
-    emulation, real = emulated(graph, "fp16"), narrow(graph, "fp16").graph
+    emulation, real = emulated(narrow(graph, "fp16").graph), narrow(graph, "fp16").graph
     assert 50 < rounding_sqnr(graph, emulation, feeds) < 80
     assert 50 < rounding_sqnr(graph, real, feeds) < 80
-    assert rounding_sqnr(graph, emulated(graph, "bf16"), feeds) < rounding_sqnr(graph, emulation, feeds)
+    assert rounding_sqnr(graph, emulated(narrow(graph, "bf16").graph), feeds) < rounding_sqnr(graph, emulation, feeds)
 
 
 def test_operators_that_overflow_stay_wide_between_narrow_ones() -> None:
@@ -73,14 +74,16 @@ def test_values_near_the_largest_keep_their_readers_and_makers_wide() -> None:
     prone = overflowing(graph, feeds)
     assert prone == ("product", "r", "s")
     assert narrow(graph, "fp16", prone).wide == ("product (product)", "r (r)", "s (s)")
-    assert rounding_sqnr(graph, emulated(graph, "fp16", prone), feeds) > 60
+    assert rounding_sqnr(graph, emulated(narrow(graph, "fp16", prone).graph), feeds) > 60
     small = of(("Relu", "m", "y"), scale=0.1)
     assert overflowing(small, feeds) == ()
 
 
 def test_what_is_not_finite_has_no_quality() -> None:
     graph = of(("Relu", "m", "y"), scale=60000.0)
-    assert rounding_sqnr(graph, emulated(graph, "fp16"), [{"x": np.ones((2, 4), np.float32)}]) == -math.inf
+    assert (
+        rounding_sqnr(graph, emulated(narrow(graph, "fp16").graph), [{"x": np.ones((2, 4), np.float32)}]) == -math.inf
+    )
 
 
 def test_one_tensor_is_cast_once_and_an_output_in_the_middle_keeps_its_name() -> None:

@@ -32,6 +32,7 @@ KNOWN = {RTX: frozenset({"1.7.1.116"})}
 
 _LINE = re.compile(rb"[\t\x1f -\x7e]{4,}")
 _TENSOR = re.compile(r'(?:sub_)?tensor=\{.*? name="([^"]+)".*? type=(\w+) \}')
+_CONSTANT = re.compile(r" const_payload_size=(\d+)")
 _KERNEL = re.compile(r'  (\w+)=\{ (?:name|fqn)="?([^" ]+)"?')
 _INPUTS = re.compile(r" input(?:_args)?=\{([^}]*)\}")
 _LAYERS = re.compile(r' layers="([^"]*)"')
@@ -58,6 +59,7 @@ class Kernel:
         operands: Types of what it reads, in order.
         nodes: Names of the ONNX nodes that it came from.
         nested: Whether it is part of another kernel.
+        largest: Type of the largest constant that it reads; empty where it reads none.
     """
 
     kind: str
@@ -65,12 +67,14 @@ class Kernel:
     operands: tuple[str, ...]
     nodes: tuple[str, ...]
     nested: bool
+    largest: str = ""
 
 
 @dataclass
 class _Section:
     nested: bool = False
     types: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, int] = field(default_factory=dict)
     inside: str = ""
 
 
@@ -89,6 +93,8 @@ def read_listing(plan: bytes) -> tuple[Kernel, ...]:
             section.nested = True
         elif section.inside == "descriptors" and (tensor := _TENSOR.search(line)):
             section.types[tensor[1]] = tensor[2]
+            if constant := _CONSTANT.search(line):
+                section.constants[tensor[1]] = int(constant[1])
         elif section.inside == "main" and (kernel := _KERNEL.match(line)):
             found.append(_kernel(kernel[1], kernel[2], line, section))
     return tuple(sorted(found, key=lambda kernel: kernel.nested))
@@ -96,9 +102,11 @@ def read_listing(plan: bytes) -> tuple[Kernel, ...]:
 
 def _kernel(kind: str, name: str, line: str, section: _Section) -> Kernel:
     inputs, layers = _INPUTS.search(line), _LAYERS.search(line)
-    operands = tuple(section.types.get(each, "") for each in _NAME.findall(inputs[1])) if inputs else ()
+    read = _NAME.findall(inputs[1]) if inputs else []
+    operands = tuple(section.types.get(each, "") for each in read)
+    largest = max((each for each in read if each in section.constants), key=section.constants.__getitem__, default="")
     nodes = tuple(dict.fromkeys(_NODE.findall(layers[1]))) if layers else ()
-    return Kernel(kind, name, operands, nodes, section.nested)
+    return Kernel(kind, name, operands, nodes, section.nested, section.types.get(largest, ""))
 
 
 def layer_records(graph: OnnxGraph, plan: bytes, chosen: Chosen, names: Mapping[str, str]) -> tuple[LayerRecord, ...]:
@@ -135,7 +143,7 @@ def layer_records(graph: OnnxGraph, plan: bytes, chosen: Chosen, names: Mapping[
                 modules=tuple(dict.fromkeys(module_path(nodes[label]) for label in own)),
                 nodes=own,
                 ops=tuple(nodes[label].op_type for label in own),
-                precision=inner or _computed(kernel.operands),
+                precision=inner or (_weighed(kernel) if products.intersection(own) else _computed(kernel.operands)),
                 schedule=kernel.kind,
             )
         )
@@ -161,6 +169,16 @@ def _computed(operands: tuple[str, ...]) -> str:
     """Return the type that a kernel of any other kind computes in: the widest floating type that it reads."""
     wide = next((kind for kind in _WIDTH if kind in operands), None)
     return _type(wide or next(iter(operands), ""))
+
+
+def _weighed(kernel: Kernel) -> str:
+    """Return the type that a product in a kernel of any other kind computes in: its weights', among floats.
+
+    Such kernels are written for a product of one row, and cast what they read: a MaxPool of bfloat16 before it gives
+    float32.
+    """
+    floats = set(kernel.operands) <= set(_WIDTH)
+    return _type(kernel.largest) if floats and kernel.largest else _computed(kernel.operands)
 
 
 def _type(name: str) -> str:

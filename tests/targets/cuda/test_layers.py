@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from cnncc.compiler.audit import audit, executed
+from cnncc.compiler.half import narrow
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import name_nodes, with_shapes
 from cnncc.targets.base import BuildOptions
@@ -17,7 +20,7 @@ from cnncc.targets.devices import resolve_profile
 from cnncc_runtime.bundle import LayerRecord
 from tests.calibration import patterns
 from tests.calibration.rtx import LAYERS, VERSION, scan_plan, tensorrt_rtx
-from tests.targets.conformance import small_graph
+from tests.targets.conformance import graph_of, small_graph
 
 RTX = VENDORS[-1]
 LISTING = b"""\x00\x01noise
@@ -60,10 +63,6 @@ def test_a_listing_is_read_section_by_section() -> None:
 
 
 def _records(version: str) -> tuple[LayerRecord, ...]:
-    from onnx import helper
-
-    from tests.targets.conformance import graph_of
-
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
         helper.make_node("Add", ["c", "c"], ["y"], "add"),
@@ -131,3 +130,35 @@ def test_a_float_model_has_no_int8_layers(tmp_path: Path) -> None:
     profile = resolve_profile("sm120")
     engine = CudaTarget(profile).build(small_graph(), BuildOptions(profile), tmp_path)
     assert executed(engine.layers) == {"conv1": "float32", "conv2": "float32", "classifier": "float32"}
+
+
+def row_products(precision: str) -> tuple[OnnxGraph, OnnxGraph]:
+    """Return a network that ends in products of one row behind a MaxPool: narrow, and with the second product wide."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (16, 3, 3, 3), "w2": (1024, 32), "w3": (32, 10)}
+    weights = [numpy_helper.from_array(rng.standard_normal(s).astype("f") / 8, name) for name, s in shapes.items()]
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["c"], "conv", pads=[1] * 4),
+        helper.make_node("MaxPool", ["c"], ["p"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Flatten", ["p"], ["f"], "flatten"),
+        helper.make_node("Gemm", ["f", "w2"], ["g"], "first"),
+        helper.make_node("Relu", ["g"], ["r"], "relu"),
+        helper.make_node("Gemm", ["r", "w3"], ["y"], "second"),
+    ]
+    graph = with_shapes(graph_of(nodes, {"x": [1, 3, 16, 16]}, {"y": [1, 10]}, weights))
+    return narrow(graph, precision).graph, narrow(graph, precision, ["second"]).graph
+
+
+@pytest.mark.parametrize("sm", ["sm80", "sm120"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_products_of_one_row_are_in_the_type_of_their_weights(precision: str, sm: str, tmp_path: Path) -> None:
+    """TensorRT-RTX pools bfloat16 in float32, and the product behind it reads that."""
+    tensorrt_rtx()
+    profile = resolve_profile(sm)
+    graph, mixed = row_products(precision)
+    engine = CudaTarget(profile).build(graph, BuildOptions(profile), tmp_path)
+    found = audit(graph, engine.layers, precision)
+    assert (found.asked, found.fallbacks) == (3, ())
+    wider = CudaTarget(profile).build(mixed, BuildOptions(profile), tmp_path)
+    assert audit(mixed, wider.layers, precision).asked == 2, "what is wide in the graph is no fallback"
+    assert audit(graph, wider.layers, precision).fallbacks == ("second (second)",)
