@@ -49,7 +49,8 @@ _KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
 @click.option(
     "--data",
     default="",
-    help="Real inputs, for the parity check and to calibrate int8 on: image folder, .npz, package.module:factory.",
+    help="Real inputs, for the parity check, to calibrate int8 on, to find what overflows in fp16: image folder, .npz, "
+    "package.module:factory.",
 )
 @click.option(
     "--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data for the parity check."

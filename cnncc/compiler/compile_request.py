@@ -31,7 +31,7 @@ class CompileRequest:
         kernels: What the target's choice of kernels must heed.
         optimize: How knobs of kernels are found.
         gpu: What the libraries for GPUs must heed.
-        data: DATA for real inputs in the parity check; empty for none.
+        data: DATA for real inputs in the parity check, and where half precision overflows; empty for none.
         samples: Real inputs at most.
         preprocessing: Replaces the contract that stands beside the model.
         labels: Replaces the class names that stand beside the model.

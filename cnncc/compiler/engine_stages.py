@@ -22,7 +22,7 @@ from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.graph_stages import CLEANED, EXPORTED, preprocessing_of, specs_of
 from cnncc.compiler.kernel_stage import KERNELS, kernel_stage
 from cnncc.compiler.keys import tools, versions
-from cnncc.compiler.narrow_stage import narrow_stage
+from cnncc.compiler.narrow_stage import Narrowing, narrow_stage
 from cnncc.compiler.payoff import MIXED, PAYOFF, THREADS, Payoff, interval_text, measure, predicted
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
@@ -137,7 +137,9 @@ def quantized(job: Job) -> Variant:
     if request.precision == FP32:
         return _fp32(job)
     if request.precision in HALVES:
-        graph = narrow_stage(job.export, clean, request.precision, request.batches[:1], job.cache, job.reporter)
+        preprocessing = request.preprocessing or preprocessing_of(job.export)
+        narrowing = Narrowing(request.precision, request.batches[:1], request.data, preprocessing)
+        graph = narrow_stage(job.export, clean, narrowing, job.cache, job.reporter)
         return Variant(request.precision, graph, _build_stage(job, graph))
     if request.table is not None:
         table = read_table(request.table)

@@ -121,6 +121,27 @@ def test_half_precision_is_the_graphs_own_and_audited(
     assert half_types(read_reference(read_bundle(bundle))) == {kind}, "it is proven against what it was built from"
 
 
+def test_what_overflows_in_float16_is_looked_for_in_the_users_data(tmp_path: Path) -> None:
+    """Random inputs stay far from float16's largest value; real ones of a model without normalization need not."""
+    tensorrt_rtx()
+    made = convolution("first", "x", 3, (16, 16)), convolution("second", "first.out", 3, (16, 16))
+    nodes, weights = [node for node, _ in made], [weight for _, weight in made]
+    model, data = tmp_path / "m.onnx", tmp_path / "x.npz"
+    model.write_bytes(graph_of(nodes, {"x": [1, 16, 8, 8]}, {"second.out": [1, 16, 8, 8]}, weights).serialized)
+    large = 7000 * np.random.default_rng(0).standard_normal((40, 16, 8, 8)).astype(np.float32)
+    np.savez(data, x=large)
+    arguments = ("compile", model, "--target", "cuda", "--device", "sm80", "-o", tmp_path / "m.cnncc")
+    random = call(*arguments, "--precision", "fp16")
+    assert "! what overflows in float16 was looked for on random inputs only: --data gives real ones" in random.stderr
+    assert "2 of 2 nodes in fp16" in random.stderr
+    real = call(*arguments, "--precision", "fp16", "--data", data)
+    assert "random inputs" not in real.stderr
+    assert "0 of 2 nodes in fp16, output SQNR" in real.stderr
+    assert f"on 32 batches of {data}; in float32: first (first), second (second)" in real.stderr
+    np.savez(data, x=large / 7000)
+    assert "2 of 2 nodes in fp16" in call(*arguments, "--precision", "fp16", "--data", data).stderr, "other data"
+
+
 def test_half_precision_that_loses_the_outputs_is_refused(tmp_path: Path) -> None:
     """Values below float16's smallest become 0; bfloat16 has float32's range."""
     tensorrt_rtx()
