@@ -65,6 +65,13 @@ _KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
     help="fp16, bf16: --target cuda only. int8 is calibrated on --data, or made by --calib; auto keeps in float what "
     "costs accuracy or time.",
 )
+@click.option(
+    "--float-type",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="What is not int8 computes in, with --precision int8 and auto; fp16, bf16: --target cuda only.",
+)
 @click.option("--calib", type=click.Path(path_type=Path), help="A table of `cnncc calibrate`, instead of calibrating.")
 @click.option(
     "--max-fallback",
@@ -149,6 +156,7 @@ def command(
     preprocess: str,
     labels: Path | None,
     precision: str,
+    float_type: str,
     calib: Path | None,
     max_fallback: int | None,
     allow_slow: bool,
@@ -190,6 +198,8 @@ def command(
     if (allow_slow and precision not in CALIBRATED) or (max_fallback is not None and precision == FP32):
         flag = "--allow-slow" if allow_slow else "--max-fallback"
         raise UsageError(f"{flag} says nothing with --precision {precision}", hint="add --precision int8")
+    if float_type != FP32 and precision not in CALIBRATED:
+        raise UsageError(f"--float-type says nothing with --precision {precision}", hint=f"--precision {float_type}")
     if precision not in (FP32, AUTO) and max_fallback is None:
         max_fallback = 0
     _check_target_flags(set(targets))
@@ -217,6 +227,7 @@ def command(
                 precision=precision,
                 calibration=calibration,
                 table=calib,
+                float_type=float_type,
                 max_fallback=max_fallback,
                 allow_slow=allow_slow,
             )

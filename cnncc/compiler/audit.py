@@ -25,10 +25,12 @@ class Audit:
     Attributes:
         asked: Convolutions and products that are so in the graph.
         fallbacks: Those that the engine does not multiply so: module path and node.
+        narrowed: Those in float32 that the engine multiplies in half precision, though nobody asked for it.
     """
 
     asked: int
     fallbacks: tuple[str, ...]
+    narrowed: tuple[str, ...] = ()
 
 
 def executed(layers: Iterable[LayerRecord]) -> dict[str, str]:
@@ -52,7 +54,16 @@ def audit(graph: OnnxGraph, layers: Iterable[LayerRecord], precision: str = "int
     asked = _quantized(graph) if precision == _INT8 else _half(graph)
     found = executed(layers)
     missed = [node for node in asked if found.get(node_label(node)) != _EXECUTED[precision]]
-    return Audit(len(asked), tuple(f"{module_path(node)} ({node_label(node)})" for node in missed))
+    if precision == _INT8:
+        return Audit(len(asked), _named(missed))
+    labels = {node_label(node) for node in asked}
+    others = [node for node in graph.nodes if node.op_type in PRODUCTS and node_label(node) not in labels]
+    narrowed = [node for node in others if found.get(node_label(node)) == _EXECUTED[precision]]
+    return Audit(len(asked), _named(missed), _named(narrowed))
+
+
+def _named(nodes: Iterable[onnx.NodeProto]) -> tuple[str, ...]:
+    return tuple(f"{module_path(node)} ({node_label(node)})" for node in nodes)
 
 
 def _quantized(graph: OnnxGraph) -> list[onnx.NodeProto]:

@@ -41,6 +41,7 @@ class CompileRequest:
             table; or ``auto``: int8 where it pays.
         calibration: How to calibrate, for int8 without a table.
         table: A calibration table made before.
+        float_type: ``fp32``, ``fp16`` or ``bf16``: what is not int8 computes in.
         max_fallback: Layers that are int8 (or half precision) in the graph and may be wider in the engine; None for any
             number.
         allow_slow: Whether int8 is taken unmeasured, whether it is faster than fp32 or not.
@@ -63,5 +64,6 @@ class CompileRequest:
     precision: str = FP32
     calibration: Calibration = field(default_factory=Calibration)
     table: Path | None = None
+    float_type: str = FP32
     max_fallback: int | None = None
     allow_slow: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from glob import escape
@@ -137,9 +137,7 @@ def quantized(job: Job) -> Variant:
     if request.precision == FP32:
         return _fp32(job)
     if request.precision in HALVES:
-        preprocessing = request.preprocessing or preprocessing_of(job.export)
-        narrowing = Narrowing(request.precision, request.batches[:1], request.data, preprocessing)
-        graph = narrow_stage(job.export, clean, narrowing, job.cache, job.reporter)
+        graph = _narrowed(job, clean, request.precision)
         return Variant(request.precision, graph, _build_stage(job, graph))
     if request.table is not None:
         table = read_table(request.table)
@@ -166,7 +164,16 @@ def _calibration(job: Job, floats: tuple[str, ...]) -> Stage:
 
 def _by_table(job: Job, table: CalibrationTable) -> Variant:
     graph = quantize_stage(job.export, job.clean, table, job.cache, job.reporter)
+    if job.request.float_type != FP32:
+        graph = _narrowed(job, graph, job.request.float_type)
     return Variant(INT8, graph, _build_stage(job, graph), table)
+
+
+def _narrowed(job: Job, graph: Stage, precision: str) -> Stage:
+    request = job.request
+    preprocessing = request.preprocessing or preprocessing_of(job.export)
+    narrowing = Narrowing(precision, request.batches[:1], request.data, preprocessing)
+    return narrow_stage(job.export, job.clean, graph, narrowing, job.cache, job.reporter)
 
 
 def _check_preprocessing(table: CalibrationTable, wanted: Preprocessing | None) -> None:
@@ -203,7 +210,14 @@ def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
 
 def build_options(request: CompileRequest) -> BuildOptions:
     """Return what a request asks of a build, before anything was measured."""
-    return BuildOptions(request.profile, request.batches, request.kernels, gpu=request.gpu, precision=request.precision)
+    return BuildOptions(
+        request.profile,
+        request.batches,
+        request.kernels,
+        gpu=request.gpu,
+        precision=request.precision,
+        float_type=request.float_type,
+    )
 
 
 def _options(job: Job, measured: str) -> BuildOptions:
@@ -240,7 +254,7 @@ def _kernels(engine: Engine) -> str:
 
 
 def check_fallback(job: Job, variant: Variant) -> None:
-    """Tell which layers of a graph the engine computes in a wider type than the graph says, or refuse it.
+    """Tell which layers of a graph the engine computes in another type than the graph says; refuse it for wider ones.
 
     Raises:
         BudgetExceeded: They are more than may be.
@@ -253,6 +267,11 @@ def check_fallback(job: Job, variant: Variant) -> None:
     request = job.request
     layers = msgspec.convert(variant.build.value["engine"]["layers"], tuple[LayerRecord, ...])
     found = audit(load_trusted(variant.graph.file(CLEANED)), layers, variant.precision)
+    if found.narrowed:
+        job.reporter.note(
+            f"{request.target} computes {len(found.narrowed)} layers in {variant.precision} that the graph has "
+            f"in float32, between casts: {_some(found.narrowed)}"
+        )
     if not found.fallbacks:
         return
     name, width = variant.precision, "float32" if variant.precision == INT8 else "another type"
@@ -266,8 +285,11 @@ def check_fallback(job: Job, variant: Variant) -> None:
             where=found.fallbacks[:_SHOWN],
             hint=f"--max-fallback {len(found.fallbacks)} allows it" + keep,
         )
-    more = ", …" if len(found.fallbacks) > _SHOWN else ""
-    job.reporter.note(f"{said}: {', '.join(found.fallbacks[:_SHOWN])}{more}")
+    job.reporter.note(f"{said}: {_some(found.fallbacks)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 # ---- does int8 pay?

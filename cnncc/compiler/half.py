@@ -2,6 +2,9 @@
 
 What overflows or cancels in half the bits stays in float32: operators that sum, exponentiate or normalize, and for
 float16 every node that reads or makes values near its largest. Inputs and outputs of the graph stay float32.
+
+Of a Q/DQ graph the float part is narrowed, scales included: QuantizeLinear and DequantizeLinear read and make values of
+their scale's type, so nothing comes between them and a layer that is int8.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from cnncc.calibration.plan import PRODUCTS
 from cnncc.graph.draft import Draft
 from cnncc.graph.names import MODULE_KEY, module_path, node_label, node_metadata
 from cnncc.graph.onnx_graph import OnnxGraph
@@ -28,6 +32,11 @@ TYPES = {FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16}
 
 _BFLOAT16_OPSET = 22
 """From which on ONNX's convolutions and pools take bfloat16."""
+
+_SCALES_OPSET = 19
+"""From which on scales may be of half precision."""
+
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 LARGEST = 65504.0 / 8
 """Magnitude from which values stay in float32: eight times below float16's largest, since few samples are looked at."""
@@ -44,6 +53,9 @@ _PRONE = frozenset(
      "ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Softmax", "Softplus")
 )  # fmt: skip
 """Operators that overflow or cancel where their inputs do not (as ModelOpt's AutoCast leaves most of them)."""
+
+_LACKING: dict[int, frozenset[str]] = {TensorProto.BFLOAT16: frozenset(("ConvTranspose",))}
+"""Type → operators that TensorRT-RTX 1.7 builds in it only out of float32 between casts, which it takes in."""
 
 _FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that are float32 whatever the others are: the region and the scales."""
@@ -65,7 +77,7 @@ class Narrowed:
 
 
 def narrow(graph: OnnxGraph, precision: str, prone: Collection[str] = ()) -> Narrowed:
-    """Return a float32 graph in float16 or bfloat16.
+    """Return a float32 graph, or the float part of a quantized one, in float16 or bfloat16.
 
     Args:
         graph: Every value's type known.
@@ -74,7 +86,9 @@ def narrow(graph: OnnxGraph, precision: str, prone: Collection[str] = ()) -> Nar
     """
     if precision == BF16:
         graph = raised(graph, _BFLOAT16_OPSET)
-    change = _Change(Draft.of(graph), TYPES[precision], frozenset(prone))
+    elif any(node.op_type in _QDQ for node in graph.nodes):
+        graph = raised(graph, _SCALES_OPSET)
+    change = _Change(Draft.of(graph), TYPES[precision], _joined(graph, prone))
     change.run()
     return Narrowed(change.draft.close(), tuple(change.wide), change.nodes)
 
@@ -119,6 +133,20 @@ def rounding_sqnr(graph: OnnxGraph, rounded: OnnxGraph, samples: Sequence[Feeds]
     return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
+def _joined(graph: OnnxGraph, prone: Collection[str]) -> frozenset[str]:
+    """Add what belongs to nodes that stay in float32: a Cast between a layer and its DequantizeLinear ends its int8."""
+    sources = {node.output[0]: node_label(node) for node in graph.nodes if node.op_type == "DequantizeLinear"}
+    groups = [
+        {node_label(node), *(sources[name] for name in node.input if name in sources)}
+        for node in graph.nodes
+        if node.op_type in PRODUCTS
+    ]
+    joined = set(prone)
+    while added := {label for group in groups if not joined.isdisjoint(group) for label in group} - joined:
+        joined |= added
+    return frozenset(joined)
+
+
 def _magnitude(array: NDArray[np.generic] | None) -> float:
     """Return the largest magnitude; inf where a value is not finite. Infinite constants are bounds, and no values."""
     if array is None or array.dtype != np.float32 or not array.size:
@@ -138,8 +166,10 @@ class _Change:
     _narrow: dict[str, str] = field(default_factory=dict)
     _made: list[onnx.NodeProto] = field(default_factory=list)
     _narrow_made: set[str] = field(default_factory=set)
+    _scales: set[str] = field(default_factory=set)
 
     def run(self) -> None:
+        self._scales = {node.input[1] for node in self.draft.nodes if node.op_type in _QDQ}
         floats = {name for node in self.draft.nodes for name in (*node.input, *node.output)
                   if name and self.draft.dtype(name) == TensorProto.FLOAT}  # fmt: skip
         for node in self.draft.nodes:
@@ -182,7 +212,8 @@ class _Change:
 
     def _stays_wide(self, node: onnx.NodeProto) -> bool:
         nested = any(True for _ in subgraphs(node))
-        return nested or node.op_type in _MAKERS or node.op_type in _PRONE or node_label(node) in self.prone
+        wide = _MAKERS | _PRONE | _LACKING.get(self.kind, frozenset())
+        return nested or node.op_type in wide or node_label(node) in self.prone
 
     def _widen(self, name: str) -> str:
         """Return the float32 form of a tensor, made of the narrow one where that is all there is."""
@@ -198,16 +229,18 @@ class _Change:
             self._narrow[name] = made = self._fresh(name)
             array = self.draft.array(name)
             if array is not None:
-                self._constant(made, array)
+                self._constant(name, made, array)
             else:
                 self._made.append(self._cast(name, made, self.kind, reader))
         return self._narrow[name]
 
-    def _constant(self, name: str, array: NDArray[np.generic]) -> None:
+    def _constant(self, name: str, result: str, array: NDArray[np.generic]) -> None:
         dtype = helper.tensor_dtype_to_np_dtype(self.kind)
         with np.errstate(over="ignore"):  # an infinite bound stays one; values that large stay in float32
             rounded = array.astype(dtype)
-        self.draft.weights[name] = helper.make_tensor(name, self.kind, array.shape, rounded.tobytes(), raw=True)
+        if name in self._scales:  # that of a channel without weights is next to 0, and no target takes 0
+            rounded = np.maximum(rounded, np.nextafter(dtype.type(0), dtype.type(1)))
+        self.draft.weights[result] = helper.make_tensor(result, self.kind, array.shape, rounded.tobytes(), raw=True)
 
     def _cast(self, name: str, result: str, kind: int, near: onnx.NodeProto) -> onnx.NodeProto:
         made = helper.make_node("Cast", [name], [result], result, to=kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 LEAST_SQNR = 20.0
 """dB of the outputs below which a half-precision model is refused: what ``--precision auto`` asks of int8."""
+
+MOST_LOST = 3.0
+"""dB that narrowing may take of a model that int8 has below `LEAST_SQNR` already."""
 
 _RANDOM = 2
 """Seeded random inputs that magnitudes are looked at with; rounding too, where there are no real ones."""
@@ -50,14 +54,17 @@ class Narrowing:
     preprocessing: Preprocessing | None
 
 
-def narrow_stage(export: Stage, clean: Stage, narrowing: Narrowing, cache: Cache, reporter: Reporter) -> Stage:
-    """Return the stage whose graph takes the cleaned one's place, in half the bits.
+def narrow_stage(
+    export: Stage, clean: Stage, wide: Stage, narrowing: Narrowing, cache: Cache, reporter: Reporter
+) -> Stage:
+    """Return the stage whose graph takes another's place, its float part in half the bits.
 
     Its key holds what is known of the data before it is read, as `calibration_stage`'s does.
 
     Args:
         export: Says what the model's inputs are.
-        clean: Holds the cleaned graph.
+        clean: Holds the cleaned graph, whose outputs are what is wanted.
+        wide: Holds the graph that is narrowed: the cleaned one, or its Q/DQ form.
         narrowing: How.
         cache: Where the result is kept.
         reporter: Told of it.
@@ -70,7 +77,7 @@ def narrow_stage(export: Stage, clean: Stage, narrowing: Narrowing, cache: Cache
     stream = open_data(narrowing.data, inputs, narrowing.preprocessing, limit=SAMPLES) if narrowing.data else None
     key = cache.key(
         "narrow",
-        graph=clean.value["graph"],
+        graph=[clean.value["graph"], wide.value["graph"]],
         precision=precision,
         batches=narrowing.batches,
         data=stream.identity if stream else "",
@@ -83,18 +90,20 @@ def narrow_stage(export: Stage, clean: Stage, narrowing: Narrowing, cache: Cache
         from cnncc.graph.half import emulated
         from cnncc.graph.reader import load_trusted
 
-        graph = load_trusted(clean.file(CLEANED))
+        graph, meant = load_trusted(wide.file(CLEANED)), load_trusted(clean.file(CLEANED))
         drawn, _ = random_samples(inputs, batches=narrowing.batches, count=_RANDOM)
         given = _whole_batches(graph, stream) if stream else []
         if precision == FP16 and (stream is None or stream.random):
             reporter.note("what overflows in float16 was looked for on random inputs only: --data gives real ones")
         found = narrow(graph, precision, overflowing(graph, [*drawn, *given]) if precision == FP16 else ())
-        sqnr = rounding_sqnr(graph, emulated(found.graph), given or drawn)
-        if not sqnr >= LEAST_SQNR:
+        samples = given or drawn
+        sqnr = rounding_sqnr(meant, emulated(found.graph), samples)
+        before = math.inf if wide is clean else rounding_sqnr(meant, graph, samples)
+        if not sqnr >= min(LEAST_SQNR, before - MOST_LOST):
             lost = "nothing finite of" if sqnr == float("-inf") else f"{sqnr:.1f} dB for"
             raise BudgetExceeded(
                 f"{precision} leaves {lost} the outputs, at least {LEAST_SQNR:.0f} dB are asked for",
-                hint="--precision bf16 has float32's range" if precision == FP16 else "--precision fp32",
+                hint="bf16, which has float32's range" if precision == FP16 else "fp32",
             )
         data = found.graph.serialized
         (folder / CLEANED).write_bytes(data)
@@ -102,7 +111,8 @@ def narrow_stage(export: Stage, clean: Stage, narrowing: Narrowing, cache: Cache
         stay = f": {', '.join(found.wide[:_SHOWN])}{more}" if found.wide else ""
         inside = f"{found.nodes - len(found.wide)} of {found.nodes} nodes in {precision}"
         looked = f"{len(given)} batches of {narrowing.data}" if given else "random inputs"
-        detail = f"{inside}, output SQNR {sqnr:.1f} dB on {looked}" + (f"; in float32{stay}" if stay else "")
+        compared = "" if wide is clean else f" ({before:.1f} dB with float32)"
+        detail = f"{inside}, output SQNR {sqnr:.1f} dB{compared} on {looked}" + (f"; in float32{stay}" if stay else "")
         value = {"graph": digest_bytes(data), "wide": list(found.wide), "sqnr": min(sqnr, 1000.0)}
         return value, {CLEANED: folder / CLEANED}, detail
 

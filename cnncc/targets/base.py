@@ -139,6 +139,7 @@ class BuildOptions:
         gpu: What the libraries for GPUs must heed.
         precision: What the graph computes in, for a target to say no before there is one (`Preflighting`): ``fp32``,
             ``fp16``, ``bf16``, ``int8`` or ``auto``. A build does what the graph says.
+        float_type: What is not int8 computes in, likewise.
         progress: Told how far the build is.
         specialize: Makes the graph of one batch size; the compiler hands in its passes, since targets may not import
             them. By default the batch is bound and nothing is folded.
@@ -150,6 +151,7 @@ class BuildOptions:
     measured: str = ""
     gpu: GpuOptions = GpuOptions()
     precision: str = "fp32"
+    float_type: str = "fp32"
     progress: Progress = field(default=_no_progress, compare=False)
     specialize: Specialize = field(default=_bind_batch, compare=False)
 

@@ -15,6 +15,7 @@ from cnncc.calibration.calibrate import Job, calibrate
 from cnncc.calibration.data import open_data
 from cnncc.calibration.lint import lint
 from cnncc.calibration.quantize import quantize
+from cnncc.compiler.half import narrow
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.pipeline import clean_graph
 from cnncc.graph.jitter import jittered
@@ -55,6 +56,16 @@ def test_tensorrt_rtx_computes_every_intended_layer_in_int8(network: tuple[str, 
     floats = {node.name for node in quantized.nodes if node.op_type == "ConvTranspose"}
     assert len(floats) == len(FLOATS.get(name, ()))
     assert {node for node, kind in executed.items() if kind != "int8"} == floats
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_float_part_in_half_precision_leaves_every_layer_in_int8(
+    network: tuple[str, OnnxGraph, OnnxGraph], precision: str
+) -> None:
+    _, _, quantized = network
+    wide, half = rtx_executed_types(quantized.proto), rtx_executed_types(narrow(quantized, precision).graph.proto)
+    assert {node for node, kind in half.items() if kind == "int8"} == {n for n, kind in wide.items() if kind == "int8"}
+    assert set(half.values()) <= {"int8", {"fp16": "half", "bf16": "bf16"}[precision]}
 
 
 def test_tvm_computes_what_onnx_runtime_does(network: tuple[str, OnnxGraph, OnnxGraph]) -> None:

@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 
 from cnncc.compiler.verify import read_reference
 from cnncc.graph.half import half_types
+from cnncc.graph.jitter import is_quantized
 from cnncc_runtime.bundle import read_bundle
 from cnncc_runtime.gpu import host_gpus
 from tests.calibration.rtx import tensorrt_rtx
@@ -88,6 +89,21 @@ def test_int8_is_audited_and_not_weighed(digits: Digits, tmp_path: Path) -> None
     assert not read_bundle(bundle).has("payoff.json")
 
 
+@pytest.mark.parametrize(("kind", "code"), [("fp16", 10), ("bf16", 16)])
+def test_int8_with_its_float_part_in_half_precision(digits: Digits, tmp_path: Path, kind: str, code: int) -> None:
+    tensorrt_rtx()
+    bundle = tmp_path / "d.cnncc"
+    flags = ("--device", "rtx4090", "--precision", "int8", "--data", "random", "--calibration-samples", "4")
+    outcome = compile_digits(digits, bundle, *flags, "--float-type", kind)
+    assert f" nodes in {kind}, output SQNR " in outcome.stderr
+    assert "dB with float32) on 4 batches of random" not in outcome.stderr, "32 samples, whatever calibration took"
+    assert "dB with float32) on 32 batches of random" in outcome.stderr
+    assert "int8 asked, int8 executed" in call("inspect", bundle).stdout, "and none in float, which would be refused"
+    reference = read_reference(read_bundle(bundle))
+    assert half_types(reference) == {code}
+    assert is_quantized(reference)
+
+
 def test_int8_that_an_old_gpu_computes_in_float_is_refused(tmp_path: Path) -> None:
     """TensorRT-RTX computes quantized convolutions in float on Turing, and says nothing of it."""
     tensorrt_rtx()
@@ -152,7 +168,7 @@ def test_half_precision_that_loses_the_outputs_is_refused(tmp_path: Path) -> Non
     arguments = ("compile", model, "--target", "cuda", "--device", "sm80", "-o", tmp_path / "m.cnncc", "--precision")
     outcome = call(*arguments, "fp16", code=1)
     assert "fp16 leaves 0.0 dB for the outputs" in outcome.stderr
-    assert "try: --precision bf16" in outcome.stderr
+    assert "try: bf16, which has float32's range" in outcome.stderr
     call(*arguments, "bf16")
     assert "bf16 asked, bfloat16 executed" in call("inspect", tmp_path / "m.cnncc").stdout
 
@@ -208,6 +224,8 @@ def test_targets_list_gpus_by_compute_capability() -> None:
         (("--precision", "fp16"), 2, "the llvm target does not compute in fp16"),
         (("--target", "cuda", "--device", "sm89", "--precision", "fp16", "--allow-slow"), 2, "--allow-slow says"),
         (("--target", "cuda", "--device", "sm89", "--precision", "bf16", "--keep", "x"), 2, "--keep says nothing"),
+        (("--precision", "int8", "--data", "random", "--float-type", "bf16"), 2, "try: --float-type fp32"),
+        (("--target", "cuda", "--device", "sm89", "--float-type", "fp16"), 2, "try: --precision fp16"),
         (("--backend", "tensorrt-rtx"), 2, "--backend is for --target cuda"),
         (("--workspace", "64"), 2, "--workspace is for --target cuda"),
         (("--device", "rtx4090"), 2, "'rtx4090' is a GPU"),

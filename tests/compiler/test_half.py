@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -107,3 +108,62 @@ def test_scales_of_a_resize_stay_float32() -> None:
     found = narrow(graph, "fp16").graph
     assert {tensor.name: tensor.data_type for tensor in found.proto.graph.initializer} == {"scales": TensorProto.FLOAT}
     assert rounding_sqnr(graph, found, [feeds_of(graph)]) > 60
+
+
+# ---- the float part of a quantized graph
+
+
+def quantized_graph(scale: float = 0.05) -> OnnxGraph:
+    """Return two int8 products and an addition of their input; one channel of the first has no weights."""
+    rng = np.random.default_rng(0)
+    scales = np.full(8, scale / 100, np.float32)
+    scales[3] = np.finfo(np.float32).tiny
+    constants = {
+        "s": np.float32(scale), "z": np.int8(0), "ws": scales, "wz": np.zeros(8, np.int8),
+        "w1": rng.integers(-127, 128, (8, 8)).astype(np.int8), "w2": rng.integers(-127, 128, (8, 8)).astype(np.int8),
+    }  # fmt: skip
+    nodes, value = [], "x"
+    for layer in ("1", "2"):
+        nodes += [
+            helper.make_node("QuantizeLinear", [value, "s", "z"], [f"q{layer}"], f"q{layer}"),
+            helper.make_node("DequantizeLinear", [f"q{layer}", "s", "z"], [f"d{layer}"], f"d{layer}"),
+            helper.make_node("DequantizeLinear", [f"w{layer}", "ws", "wz"], [f"v{layer}"], f"v{layer}", axis=1),
+            helper.make_node("MatMul", [f"d{layer}", f"v{layer}"], [f"m{layer}"], f"m{layer}"),
+            helper.make_node("Add", [f"m{layer}", f"d{layer}"], [f"a{layer}"], f"a{layer}"),
+        ]
+        value = f"a{layer}"
+    weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    return with_shapes(graph_of(nodes, {"x": [4, 8]}, {"a2": [4, 8]}, weights, opset=18))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_of_a_quantized_graph_the_float_part_is_narrowed(precision: str) -> None:
+    graph = quantized_graph()
+    found = narrow(graph, precision).graph
+    onnx.checker.check_model(found.proto, full_check=True)
+    made = kinds(found)
+    assert {made[name] for name in ("d1", "v1", "m1", "a1", "d2", "m2")} == {KINDS[precision]}
+    assert {made["q1"], made["q2"]} == {TensorProto.INT8}
+    casts = [node for node in found.nodes if node.op_type == "Cast"]
+    assert len(casts) == 2, "at the input and the output, and nothing between an int8 layer and its Q/DQ"
+    scales = [numpy_helper.to_array(tensor) for name, tensor in found.constants.items() if name.startswith("ws")]
+    assert [(array > 0).all() for array in scales] == [True]
+    assert rounding_sqnr(graph, emulated(found), [{"x": np.random.default_rng(1).standard_normal((4, 8), "f")}]) > 20
+
+
+def test_a_product_in_float32_has_what_it_dequantizes_in_float32() -> None:
+    found = narrow(quantized_graph(), "fp16", ["m1"]).graph
+    made = kinds(found)
+    assert made["d1"] == made["v1"] == made["m1"] == TensorProto.FLOAT
+    assert made["a1"] == made["d2"] == made["m2"] == TensorProto.FLOAT16
+    [product] = [node for node in found.nodes if node.name == "m1"]
+    makers = {node.output[0]: node.op_type for node in found.nodes}
+    assert [makers[name] for name in product.input] == ["DequantizeLinear", "DequantizeLinear"]
+
+
+def test_what_is_not_built_in_bfloat16_stays_wide() -> None:
+    weights = numpy_helper.from_array(np.ones((4, 2, 2, 2), np.float32), "w")
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up", strides=[2, 2])
+    graph = with_shapes(graph_of([node], {"x": [1, 4, 4, 4]}, {"y": [1, 2, 8, 8]}, [weights]))
+    assert narrow(graph, "bf16").wide == ("up (up)",)
+    assert narrow(graph, "fp16").wide == ()

@@ -24,6 +24,7 @@ from cnncc.graph.reader import with_shapes
 from cnncc.graph.reference import Reference
 from cnncc_runtime.bundle import GOLDEN, REFERENCE, SCHEMA, Bundle, EngineRecord, Manifest, TargetRecord, write_bundle
 from cnncc_runtime.golden import check_golden, read_golden
+from tests.compiler.test_half import quantized_graph
 from tests.targets.conformance import graph_of
 
 PRECISIONS = ["fp16", "bf16"]
@@ -247,6 +248,25 @@ def test_the_layer_that_is_wrong_is_named(narrowed: OnnxGraph) -> None:
     halves = {node.output[0] for node in narrowed.nodes if node.name == "conv2"}
     assert first_divergence(layers).tensor in halves
     assert len(layers) == len(narrowed.nodes)
+
+
+# ---- int8 with its float part in half precision
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_quantized_engines_are_proven_too(precision: str) -> None:
+    graph = narrow(quantized_graph(), precision).graph
+    feeds = [{"x": np.random.default_rng(seed).standard_normal((4, 8), "f")} for seed in range(4)]
+
+    def failures(engine: OnnxGraph) -> tuple[str, ...]:
+        run, names = Reference(engine).run, ["1", "2", "3", "4"]
+        return verify_engine(
+            exported=graph, cleaned=graph, torch_run=None, engine_run=run, samples=feeds, sample_names=names
+        ).report.failures
+
+    assert failures(rounded_everywhere(graph)) == ()
+    assert failures(rounded_nowhere(graph)) == ()
+    assert failures(emulated(changed(graph, "ws", lambda array: array * np.float32(1.5))))
 
 
 # ---- bundles

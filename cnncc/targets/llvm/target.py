@@ -73,10 +73,12 @@ class LlvmTarget:
                 f"the llvm target builds for CPUs, and '{options.profile.name}' is a GPU",
                 hint=f"--target cuda --device {options.profile.name}",
             )
-        if options.precision in ("fp16", "bf16"):
-            raise UsageError(
-                f"the llvm target does not compute in {options.precision}", hint="--precision fp32, int8 or auto"
-            )
+        for asked, hint in (
+            (options.precision, "--precision fp32, int8 or auto"),
+            (options.float_type, "--float-type fp32"),
+        ):
+            if asked in ("fp16", "bf16"):
+                raise UsageError(f"the llvm target does not compute in {asked}", hint=hint)
         return Preflight((self.name,))
 
     def toolchain(self) -> dict[str, str]:

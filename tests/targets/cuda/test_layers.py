@@ -132,6 +132,26 @@ def test_a_float_model_has_no_int8_layers(tmp_path: Path) -> None:
     assert executed(engine.layers) == {"conv1": "float32", "conv2": "float32", "classifier": "float32"}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_layers_in_float32_that_are_computed_in_half_precision_are_named(precision: str, tmp_path: Path) -> None:
+    """TensorRT-RTX takes casts right before and behind a convolution into it."""
+    tensorrt_rtx()
+    profile = resolve_profile("sm89")
+    rng = np.random.default_rng(0)
+    names = ("first", "second", "third")
+    weights = [numpy_helper.from_array(rng.standard_normal((16, 16, 3, 3)).astype("f") / 12, f"{n}.w") for n in names]
+    nodes = []
+    for source, name in zip(("x", "first.relu", "second.relu"), names, strict=True):
+        nodes.append(helper.make_node("Conv", [source, f"{name}.w"], [f"{name}.out"], name, pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"{name}.out"], [f"{name}.relu"], f"{name}.relu"))
+    graph = with_shapes(graph_of(nodes, {"x": [1, 16, 8, 8]}, {"third.relu": [1, 16, 8, 8]}, weights))
+    for prone, named in ((["second"], ("second (second)",)), (["second", "second.relu"], ())):
+        made = narrow(graph, precision, prone).graph
+        engine = CudaTarget(profile).build(made, BuildOptions(profile), tmp_path)
+        found = audit(made, engine.layers, precision)
+        assert (found.asked, found.fallbacks, found.narrowed) == (2, (), named)
+
+
 def row_products(precision: str) -> tuple[OnnxGraph, OnnxGraph]:
     """Return a network that ends in products of one row behind a MaxPool: narrow, and with the second product wide."""
     rng = np.random.default_rng(0)
