@@ -1,6 +1,6 @@
 """A TensorRT without a GPU: its plans are ONNX models, which ONNX Runtime computes on the stand-in driver's stream.
 
-Only what opens and runs plans, as TensorRT's Python bindings have it.
+What the cuda target and the sessions use of it, as TensorRT's Python bindings have it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import time
+import types
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,97 @@ class IProfiler:
 
 def nptype(kind: np.dtype[Any]) -> np.dtype[Any]:
     return kind
+
+
+class NetworkDefinitionCreationFlag(enum.IntEnum):
+    EXPLICIT_BATCH, STRONGLY_TYPED = range(2)
+
+
+class BuilderFlag(enum.Enum):
+    TF32, REFIT, STRIP_PLAN, VERSION_COMPATIBLE, SPARSE_WEIGHTS, GPU_FALLBACK = range(6)
+
+
+class ProfilingVerbosity(enum.Enum):
+    LAYER_NAMES_ONLY, NONE, DETAILED = range(3)
+
+
+class MemoryPoolType(enum.Enum):
+    WORKSPACE, DLA_MANAGED_SRAM = range(2)
+
+
+class IProgressMonitor:
+    pass
+
+
+class INetworkDefinition:
+    def __init__(self) -> None:
+        self.model = onnx.ModelProto()
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.model.graph.input)
+
+    def get_input(self, index: int) -> Any:
+        value = self.model.graph.input[index]
+        shape = tuple(dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim)
+        return types.SimpleNamespace(name=value.name, shape=shape)
+
+
+class OnnxParser:
+    num_errors = 0
+
+    def __init__(self, network: INetworkDefinition, logger: Any) -> None:
+        self._network = network
+
+    def parse(self, model: bytes) -> bool:
+        self._network.model = onnx.load_from_string(model)
+        return True
+
+    def supports_operator(self, op_name: str) -> bool:
+        return True
+
+
+class IBuilderConfig:
+    progress_monitor: Any = None
+
+    def clear_flag(self, flag: BuilderFlag) -> None:
+        pass
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        pass
+
+    def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
+        pass
+
+    def add_optimization_profile(self, profile: Any) -> int:
+        return 0
+
+
+class IOptimizationProfile:
+    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
+        assert list(min) <= list(opt) <= list(max)
+
+
+class Builder:
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def create_network(self, flags: int) -> INetworkDefinition:
+        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return INetworkDefinition()
+
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
+
+    def create_optimization_profile(self) -> IOptimizationProfile:
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
+        monitor = config.progress_monitor
+        monitor.phase_start("Building", None, 2)
+        going = all([monitor.step_complete("Building", step) for step in range(2)])
+        monitor.phase_finish("Building")
+        return network.model.SerializeToString() if going else None
 
 
 class Runtime:
@@ -81,7 +173,10 @@ class IExecutionContext:
 
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine = engine
-        self._run = ort.InferenceSession(engine.model.SerializeToString(), providers=["CPUExecutionProvider"]).run
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        model = engine.model.SerializeToString()
+        self._run = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.profiler: Any = None
