@@ -59,7 +59,9 @@ def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) 
         BuildFailed: The toolchain broke or crashed.
     """
     answer = _ask(
-        {"task": "build", **_request(target, graph, options, workdir)}, workdir, {"progress": options.progress}
+        {"task": "build", **_request(target, graph, options, workdir)},
+        workdir,
+        {"progress": options.progress, "note": options.note},
     )
     return engine_from_plain(answer, workdir)
 
@@ -122,6 +124,7 @@ def _request(target: str, graph: Path, options: BuildOptions, workdir: Path) -> 
                 "kernels": options.kernels,
                 "measured": options.measured,
                 "gpu": options.gpu,
+                "timings": str(options.timings.resolve()) if options.timings else "",
             }
         ),
     }
@@ -222,7 +225,9 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
         asked.kernels,
         asked.measured,
         asked.gpu,
+        timings=Path(asked.timings) if asked.timings else None,
         progress=lambda what, fraction: send(progress=[what, fraction]),
+        note=lambda said: send(note=[said]),
         specialize=_specialize,
     )
     try:
@@ -265,6 +270,7 @@ class _Options(msgspec.Struct, frozen=True):
     kernels: KernelOptions
     measured: str
     gpu: GpuOptions
+    timings: str
 
 
 def main() -> None:

@@ -76,6 +76,20 @@ def test_several_gpus_from_one_export(digits: Digits, tmp_path: Path) -> None:
     assert {each["toolchain"]["tensorrt-rtx"] for each in outcome.document["bundles"]} == {"1.7.1.116"}
 
 
+def test_a_build_that_takes_too_long_is_stopped(digits: Digits, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    bundle = tmp_path / "d.cnncc"
+    flags = ("--device", "sm86", "--cache-dir", tmp_path / "cache")
+    outcome = compile_digits(digits, bundle, *flags, "--build-budget", "1e-6", code=5)
+    assert "the builder did not finish within 1e-06 s (--build-budget); it was 0% through" in outcome.stderr
+    assert "try: allow more" in outcome.stderr
+    assert leftovers(tmp_path) == []
+    assert not bundle.exists()
+    compile_digits(digits, bundle, *flags, "--build-budget", "600")
+    again = compile_digits(digits, bundle, *flags)
+    assert "unchanged" in again.stdout, "the budget is no part of the engine"
+
+
 def test_int8_is_audited_and_not_weighed(digits: Digits, tmp_path: Path) -> None:
     tensorrt_rtx()
     bundle = tmp_path / "d.cnncc"
@@ -181,7 +195,16 @@ def test_targets_list_gpus_by_compute_capability() -> None:
         (("--precision", "fp16"), 2, "the llvm target does not compute in fp16"),
         (("--target", "cuda", "--device", "sm89", "--precision", "fp16", "--allow-slow"), 2, "--allow-slow says"),
         (("--target", "cuda", "--device", "sm89", "--precision", "bf16", "--keep", "x"), 2, "--keep says nothing"),
+        (("--target", "cuda", "--device", "sm89", "--version-compatible"), 2, "has no lean runtime"),
+        (("--target", "cuda", "--device", "sm89", "--hardware-compatible", "same"), 2, "changes nothing"),
+        (("--target", "cuda", "--device", "sm89", "--sparse"), 2, "the same engine with --sparse and without"),
+        (("--target", "cuda", "--device", "sm89", "--dla", "0"), 2, "DLA is a part of Jetsons, and sm89 has none"),
+        (("--target", "cuda", "--device", "sm89", "--gpu-fallback"), 2, "--gpu-fallback is for --dla"),
+        (("--target", "cuda", "--device", "sm89", "--strip-weights"), 3, "this machine has no NVIDIA GPU"),
+        (("--target", "cuda", "--device", "sm89", "--refittable"), 3, "this machine has no NVIDIA GPU"),
         (("--backend", "tensorrt-rtx"), 2, "--backend is for --target cuda"),
+        (("--dla", "0"), 2, "--dla is for --target cuda"),
+        (("--build-budget", "9"), 2, "--build-budget is for --target cuda"),
         (("--workspace", "64"), 2, "--workspace is for --target cuda"),
         (("--device", "rtx4090"), 2, "'rtx4090' is a GPU"),
         (("--device", "rtx4091"), 2, "did you mean rtx4090"),

@@ -19,7 +19,7 @@ from cnncc_runtime.errors import BundleRefused
 from cnncc_runtime.preprocess import IMAGENET, Preprocessing
 from tests.runtime.engine_files import ENGINE, make_bundle, manifest
 
-HEAD = b'{"schema":"cnncc.bundle/4"'
+HEAD = b'{"schema":"cnncc.bundle/5"'
 
 ANY_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from cnncc.targets.base import Progress
+from cnncc_runtime.errors import BuildFailed
 
 
 def logger_of(trt: Any) -> Any:
@@ -40,12 +42,16 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def monitor_of(trt: Any, progress: Progress) -> Any:
-    """Return a monitor that tells how far a build is; its ``failure`` is what ``progress`` raised, which stops it.
+def monitor_of(trt: Any, progress: Progress, budget: float | None = None) -> Any:
+    """Return a monitor that tells how far a build is.
+
+    Its ``failure`` is why it stops the build: what ``progress`` raised, or that the budget is spent. The builder asks
+    after each step, so it may take a step longer.
 
     Args:
         trt: The library's module.
         progress: Told of it.
+        budget: Seconds from now on; None for no end.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -53,6 +59,7 @@ def monitor_of(trt: Any, progress: Progress) -> Any:
             super().__init__()
             self.failure: BaseException | None = None
             self._phases = Phases()
+            self._end = None if budget is None else time.monotonic() + budget
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._phases.start(phase_name, parent_phase, num_steps)
@@ -73,6 +80,13 @@ def monitor_of(trt: Any, progress: Progress) -> Any:
                 progress(f"build: {phase[:1].lower()}{phase[1:]}", self._phases.fraction)
             except BaseException as exc:  # an exception cannot pass through the builder's own code
                 self.failure = exc
+                return
+            if self._end is not None and time.monotonic() > self._end:
+                self.failure = BuildFailed(
+                    f"the builder did not finish within {budget:g} s (--build-budget); "
+                    f"it was {self._phases.fraction:.0%} through",
+                    hint="allow more, or have it search less: --builder-level 0 to 5, by default 3",
+                )
 
     return Monitor()
 
