@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from cnncc.targets.base import (
     Predicting,
     Profile,
     Target,
+    budget_spent,
 )
 from cnncc_runtime import errors
 from cnncc_runtime.bundle import to_plain
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from cnncc.graph.onnx_graph import OnnxGraph
 
 _LOG = "build.log"
+
+_GRACE = 10.0
+"""Seconds that a child may take beyond its budget: to load the library, and to end the step that it is in."""
 
 
 def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) -> Engine:
@@ -62,6 +67,7 @@ def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) 
         {"task": "build", **_request(target, graph, options, workdir)},
         workdir,
         {"progress": options.progress, "note": options.note},
+        budget=options.gpu.budget,
     )
     return engine_from_plain(answer, workdir)
 
@@ -130,15 +136,18 @@ def _request(target: str, graph: Path, options: BuildOptions, workdir: Path) -> 
     }
 
 
-def _ask(request: dict[str, Any], workdir: Path, hear: Mapping[str, Callable[..., None]]) -> Any:
+def _ask(
+    request: dict[str, Any], workdir: Path, hear: Mapping[str, Callable[..., None]], budget: float | None = None
+) -> Any:
     """Return the answer of a child process to a request.
 
     Args:
         request: Plain data.
         workdir: Where its log goes.
         hear: Event → who is told of it.
+        budget: Seconds after which the child ends by itself, or soon after is killed; None to wait.
     """
-    with _child(workdir) as child:
+    with _child(workdir) as child, _killed_after(child, budget) as killed:
         assert child.stdin is not None and child.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: told below, by its exit code
             child.stdin.write(json.dumps(request).encode() + b"\n")
@@ -154,7 +163,29 @@ def _ask(request: dict[str, Any], workdir: Path, hear: Mapping[str, Callable[...
                 return value
             hear[event](*value)
         child.wait()
+        if budget is not None and killed.is_set():
+            raise budget_spent(budget)
         raise _crash(request["target"], child.returncode, workdir / _LOG)
+
+
+@contextlib.contextmanager
+def _killed_after(child: subprocess.Popen[bytes], budget: float | None) -> Iterator[threading.Event]:
+    """Kill a child that outlives its budget; the event says that it was."""
+    killed = threading.Event()
+
+    def kill() -> None:
+        if child.poll() is None:
+            killed.set()
+            os.killpg(child.pid, signal.SIGKILL)
+
+    timer = threading.Timer((budget or 0.0) + _GRACE, kill)
+    timer.daemon = True
+    if budget is not None:
+        timer.start()
+    try:
+        yield killed
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cnncc_runtime.bundle import EngineRecord, LayerRecord, TargetRecord
+from cnncc_runtime.errors import BuildFailed
 
 if TYPE_CHECKING:  # onnx takes 0.2 s to import, and listing targets needs none of it
     from cnncc.graph.onnx_graph import OnnxGraph
@@ -129,6 +130,18 @@ class GpuOptions:
     def lasting(self) -> GpuOptions:
         """The options that an engine is the result of; how long its build may take is none of them."""
         return replace(self, budget=None)
+
+
+def budget_spent(budget: float) -> BuildFailed:
+    """Return the error of a build that takes longer than it may.
+
+    Args:
+        budget: Seconds.
+    """
+    return BuildFailed(
+        f"the builder did not finish within {budget:g} s (--build-budget)",
+        hint="allow more, or have it search less: --builder-level 0 to 5, by default 3",
+    )
 
 
 Specialize = Callable[["OnnxGraph", int], "OnnxGraph"]

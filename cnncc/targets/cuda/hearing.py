@@ -8,8 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from cnncc.targets.base import Progress
-from cnncc_runtime.errors import BuildFailed
+from cnncc.targets.base import Progress, budget_spent
 
 
 def logger_of(trt: Any) -> Any:
@@ -46,20 +45,20 @@ def monitor_of(trt: Any, progress: Progress, budget: float | None = None) -> Any
     """Return a monitor that tells how far a build is.
 
     Its ``failure`` is why it stops the build: what ``progress`` raised, or that the budget is spent. The builder asks
-    after each step, so it may take a step longer.
+    after each step, and some steps take long.
 
     Args:
         trt: The library's module.
         progress: Told of it.
         budget: Seconds from now on; None for no end.
     """
+    start = time.monotonic()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.failure: BaseException | None = None
             self._phases = Phases()
-            self._end = None if budget is None else time.monotonic() + budget
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._phases.start(phase_name, parent_phase, num_steps)
@@ -81,12 +80,8 @@ def monitor_of(trt: Any, progress: Progress, budget: float | None = None) -> Any
             except BaseException as exc:  # an exception cannot pass through the builder's own code
                 self.failure = exc
                 return
-            if self._end is not None and time.monotonic() > self._end:
-                self.failure = BuildFailed(
-                    f"the builder did not finish within {budget:g} s (--build-budget); "
-                    f"it was {self._phases.fraction:.0%} through",
-                    hint="allow more, or have it search less: --builder-level 0 to 5, by default 3",
-                )
+            if budget is not None and time.monotonic() > start + budget:
+                self.failure = budget_spent(budget)
 
     return Monitor()
 

@@ -46,4 +46,4 @@ def test_a_budget_stops_the_build_at_its_next_step() -> None:
     monitor.phase_start("Building", None, 4)
     assert monitor.step_complete("Building", 0) is False
     assert isinstance(monitor.failure, BuildFailed)
-    assert "did not finish within 1e-09 s (--build-budget); it was 0% through" in str(monitor.failure)
+    assert "did not finish within 1e-09 s (--build-budget)" in str(monitor.failure)

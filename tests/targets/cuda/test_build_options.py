@@ -1,0 +1,112 @@
+"""Options from end to end. Where only TensorRT heeds them, TensorRT-RTX stands in its place: it has the same API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper, numpy_helper
+
+from cnncc.compiler import build_worker
+from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain
+from cnncc.graph.onnx_graph import OnnxGraph
+from cnncc.targets.base import BuildOptions, Engine, GpuOptions
+from cnncc.targets.cuda import compile as compiling
+from cnncc.targets.cuda import target as cuda
+from cnncc.targets.cuda import timing_cache
+from cnncc.targets.cuda.target import CudaTarget
+from cnncc.targets.cuda.timing_cache import ASIDE
+from cnncc.targets.devices import resolve_profile
+from cnncc_runtime.errors import BuildFailed, UsageError
+from cnncc_runtime.gpu import HostGpu
+from tests.calibration.rtx import tensorrt_rtx
+from tests.targets.conformance import graph_of, small_graph
+
+SM89 = resolve_profile("sm89")
+GPU = HostGpu("NVIDIA L4", "8.9")
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let TensorRT-RTX be TensorRT 10 on a machine with a GPU."""
+    trt = tensorrt_rtx()
+    monkeypatch.setattr(cuda, "installed", lambda: {"tensorrt": "10.16.1.11"})
+    monkeypatch.setattr(compiling, "load", lambda _vendor: trt)
+    for module in (cuda, timing_cache):
+        monkeypatch.setattr(module, "host_gpus", lambda: (GPU,))
+
+
+def build(graph: OnnxGraph, folder: Path, *, options: dict[str, Any] | None = None, **asked: Any) -> Engine:
+    return CudaTarget(SM89).build(graph, BuildOptions(SM89, gpu=GpuOptions(**asked), **(options or {})), folder)
+
+
+def sparse_graph() -> OnnxGraph:
+    weights = np.ones((8, 16, 1, 1), np.float32)
+    weights[:, ::4] = weights[:, 1::4] = 0
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
+    return graph_of([node], {"x": [1, 16, 4, 4]}, {"y": [1, 8, 4, 4]}, [numpy_helper.from_array(weights, "w")])
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_the_record_says_which_newer_gpus_run_an_engine(tmp_path: Path) -> None:
+    plain = build(small_graph(), tmp_path)
+    assert (plain.target.gpu, plain.target.processor) == ("8.9", "sm89")
+    same = build(small_graph(), tmp_path, hardware="same")
+    assert same.target.gpu == "8.9"
+    newer = build(small_graph(), tmp_path, hardware="ampere+")
+    assert (newer.target.gpu, newer.target.processor) == ("8.0+", "sm80+")
+    assert newer.record.abi.startswith("tensorrt 1.7") and not newer.record.abi.endswith("+")
+    assert engine_from_plain(engine_to_plain(newer), tmp_path) == newer
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_a_flag_that_the_library_fails_with_is_a_failed_build(tmp_path: Path) -> None:
+    with pytest.raises(BuildFailed, match="libnvinfer_lean"):
+        build(small_graph(), tmp_path, version_compatible=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_sparsity_is_counted_and_refused_where_there_is_none(tmp_path: Path) -> None:
+    notes: list[str] = []
+    build(sparse_graph(), tmp_path, options={"note": notes.append}, sparse=True)
+    assert notes == ["1 of 1 convolutions and products have 2:4 sparse weights"]
+    with pytest.raises(UsageError, match="no layer of 3 has 2:4 sparse weights"):
+        build(small_graph(), tmp_path, sparse=True)
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_times_of_kernels_outlive_a_build(tmp_path: Path) -> None:
+    notes: list[str] = []
+    options = {"timings": tmp_path / "timings", "note": notes.append}
+    build(small_graph(), tmp_path, options=options)
+    [file] = (tmp_path / "timings").iterdir()
+    assert file.name == "tensorrt-1.7.1.116-NVIDIA_L4-8.9.timings", "of the library, by its own word"
+    build(small_graph(), tmp_path, options=options)
+    assert notes == []
+    file.write_bytes(file.read_bytes()[:-1])
+    build(small_graph(), tmp_path, options=options)
+    assert len(notes) == 1 and "is damaged" in notes[0]
+    assert {path.name for path in file.parent.iterdir()} == {file.name, file.name + ASIDE}
+
+
+def test_tensorrt_rtx_keeps_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt_rtx()
+    monkeypatch.setattr(cuda, "host_gpus", lambda: ())
+    build(small_graph(), tmp_path, options={"timings": tmp_path / "timings"})
+    assert not (tmp_path / "timings").exists()
+
+
+def test_a_builder_that_does_not_heed_its_budget_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt_rtx()
+    monkeypatch.setattr(build_worker, "_GRACE", 0.0)
+    (tmp_path / "m.onnx").write_bytes(small_graph().serialized)
+    told: list[str] = []
+    options = BuildOptions(SM89, gpu=GpuOptions(budget=0.01), progress=lambda what, _fraction: told.append(what))
+    with pytest.raises(BuildFailed, match=r"did not finish within 0\.01 s \(--build-budget\)"):
+        build_apart("cuda", tmp_path / "m.onnx", options, tmp_path)
+    assert told == [], "the library did not even begin"
