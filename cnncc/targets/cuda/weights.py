@@ -59,7 +59,8 @@ def check_weights(graph: OnnxGraph, trt: Any, logger: Any, plan: bytes, note: Ca
     Raises:
         BuildFailed: It could never run.
     """
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(logger)  # must outlive the engine
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         note("this machine cannot load the stripped engine: whether all its weights lie beside it shows on the device")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from onnx import helper, numpy_helper
 
 from cnncc.compiler import build_worker
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain
+from cnncc.compiler.proof import gpu_options
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions, Engine, GpuOptions
 from cnncc.targets.cuda import compile as compiling
@@ -19,9 +21,11 @@ from cnncc.targets.cuda import timing_cache
 from cnncc.targets.cuda.target import CudaTarget
 from cnncc.targets.cuda.timing_cache import ASIDE
 from cnncc.targets.devices import resolve_profile
+from cnncc_runtime.bundle import EngineRecord, TargetRecord
 from cnncc_runtime.errors import BuildFailed, UsageError
 from cnncc_runtime.gpu import HostGpu
 from tests.calibration.rtx import tensorrt_rtx
+from tests.runtime.engine_files import manifest
 from tests.targets.conformance import graph_of, small_graph
 
 SM89 = resolve_profile("sm89")
@@ -61,6 +65,16 @@ def test_the_record_says_which_newer_gpus_run_an_engine(tmp_path: Path) -> None:
     assert (newer.target.gpu, newer.target.processor) == ("8.0+", "sm80+")
     assert newer.record.abi.startswith("tensorrt 1.7") and not newer.record.abi.endswith("+")
     assert engine_from_plain(engine_to_plain(newer), tmp_path) == newer
+
+
+def test_an_engine_is_built_again_as_it_was(tmp_path: Path) -> None:
+    """`cnncc verify --layers` builds parts of the graph, with the same library, on the same part of the device."""
+    target = TargetRecord("cuda", "jetson-orin", "", "", "aarch64", (), "8.7")
+    record = EngineRecord("engine.plan", "tensorrt", "tensorrt 10.3.0.30", {0: "profile 0"}, dla=1)
+    again = gpu_options(manifest(target=target, engine=record))
+    assert again == GpuOptions("tensorrt", dla=1, gpu_fallback=True), "a part may hold what DLA cannot run"
+    assert gpu_options(manifest(target=target, engine=replace(record, dla=None))) == GpuOptions("tensorrt")
+    assert gpu_options(manifest()) == GpuOptions()
 
 
 @pytest.mark.usefixtures("tensorrt")
