@@ -300,6 +300,9 @@ def choose(job: Job, int8: Variant) -> Choice:
     if table is None or job.request.allow_slow or len(table.kept) == len(table.layers):
         return Choice(int8)
     engine = engine_from_plain(int8.build.value["engine"], Path())
+    if engine.record.dla is not None:
+        job.reporter.note("int8 is not weighed against fp32: the DLA does not compute in float32")
+        return Choice(int8)
     away = obstacle(engine.target, engine.record)
     if away is not None and not isinstance(job.target, Predicting):
         job.reporter.note(

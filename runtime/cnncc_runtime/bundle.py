@@ -79,8 +79,9 @@ class EngineRecord:
             (``tensorrt 10.16.1.11+``).
         entries: Batch size → function; a model without a batch dimension has one entry, ``0``.
         weights: What the functions take after their inputs; None where the engine file holds all weights.
-        refit: The file of weights that a stripped engine is given when it is loaded (a npz: refit name → array, types
-            that NumPy lacks as unsigned integers of the same bits); empty where the engine file holds them.
+        refit: The file of weights that a stripped engine is given when it is loaded: a npz of at least those that its
+            refitter asks for, by the names that it asks for, types that NumPy lacks as unsigned integers of the same
+            bits. Empty where the engine file holds all weights.
         dla: The deep learning accelerator that runs it; None for none.
     """
 

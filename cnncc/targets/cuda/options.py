@@ -42,9 +42,9 @@ def check_options(options: BuildOptions, chosen: Chosen, device: Profile, here: 
     for name, (what, hint) in _UNHEEDED.items():
         if getattr(asked, name) != getattr(GpuOptions, name) and name not in chosen.vendor.heeds:
             raise UsageError(f"{chosen} {what}", hint=hint)
-    if (asked.refittable or asked.strip_weights) and not here:  # 1.7.1, any graph: CUDA_SUCCESS is checked, and is not
+    if (asked.refittable or asked.strip_weights) and not here:
         raise TargetUnavailable(
-            f"{chosen} compiles what refits weights with the GPU's driver, and this machine has no NVIDIA GPU",
+            f"{chosen} loads a refittable engine onto the GPU while it builds it, and this machine has no NVIDIA GPU",
             hint="build on a machine with a GPU, or leave --refittable and --strip-weights out",
         )
 

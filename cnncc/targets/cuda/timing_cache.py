@@ -69,7 +69,8 @@ def kept_timings(config: Any, file: Path | None, note: Callable[[str], None]) ->
 
 def _attach(config: Any, file: Path, note: Callable[[str], None]) -> None:
     data = _read(file)
-    if data is not None and config.set_timing_cache(config.create_timing_cache(data), False):
+    cache = None if data is None else config.create_timing_cache(data)
+    if cache is not None and config.set_timing_cache(cache, False):
         return
     aside = file.with_name(file.name + ASIDE)
     try:
