@@ -18,13 +18,15 @@ from cnncc.targets.base import BuildOptions, Engine, GpuOptions
 from cnncc.targets.cuda import compile as compiling
 from cnncc.targets.cuda import target as cuda
 from cnncc.targets.cuda import timing_cache
+from cnncc.targets.cuda.compile import compile_graph
 from cnncc.targets.cuda.target import CudaTarget
 from cnncc.targets.cuda.timing_cache import ASIDE
+from cnncc.targets.cuda.vendors import VENDORS, Chosen
 from cnncc.targets.devices import resolve_profile
 from cnncc_runtime.bundle import EngineRecord, TargetRecord
 from cnncc_runtime.errors import BuildFailed, UsageError
 from cnncc_runtime.gpu import HostGpu
-from tests.calibration.rtx import tensorrt_rtx
+from tests.calibration.rtx import VERSION, tensorrt_rtx
 from tests.runtime.engine_files import manifest
 from tests.targets.conformance import graph_of, small_graph
 
@@ -91,6 +93,19 @@ def test_sparsity_is_counted_and_refused_where_there_is_none(tmp_path: Path) -> 
     assert notes == ["1 of 1 convolutions and products have 2:4 sparse weights"]
     with pytest.raises(UsageError, match="no layer of 3 has 2:4 sparse weights"):
         build(small_graph(), tmp_path, sparse=True)
+
+
+@pytest.mark.parametrize("asked", [{"sparse": True}, {"hardware": "ampere+"}, {"hardware": "same"}])
+def test_what_tensorrt_rtx_is_refused_changes_nothing_there(tmp_path: Path, asked: dict[str, Any]) -> None:
+    """Where one of these changes the engine one day, it need not be refused."""
+    tensorrt_rtx()
+    rtx = Chosen(VENDORS[-1], VERSION)
+    plans = []
+    for number, each in enumerate(({}, asked)):
+        plan = tmp_path / f"{number}.plan"
+        compile_graph(sparse_graph(), (), "8.9", rtx, BuildOptions(SM89, gpu=GpuOptions(**each)), plan)
+        plans.append(plan.read_bytes())
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.usefixtures("tensorrt")
