@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from cnncc.targets.cuda import compile as compiling
 from cnncc.targets.cuda import target as cuda
 from cnncc.targets.cuda import timing_cache
 from cnncc.targets.cuda.compile import compile_graph
+from cnncc.targets.cuda.hearing import logger_of
 from cnncc.targets.cuda.target import CudaTarget
 from cnncc.targets.cuda.timing_cache import ASIDE
 from cnncc.targets.cuda.vendors import VENDORS, Chosen
+from cnncc.targets.cuda.weights import check_weights
 from cnncc.targets.devices import resolve_profile
 from cnncc_runtime.bundle import EngineRecord, TargetRecord
 from cnncc_runtime.errors import BuildFailed, UsageError
-from cnncc_runtime.gpu import HostGpu
+from cnncc_runtime.gpu import HostGpu, host_gpus
 from tests.calibration.rtx import VERSION, tensorrt_rtx
+from tests.cli.conftest import install_target
 from tests.runtime.engine_files import manifest
 from tests.targets.conformance import graph_of, small_graph
 
@@ -139,3 +143,54 @@ def test_a_builder_that_does_not_heed_its_budget_is_killed(tmp_path: Path, monke
     with pytest.raises(BuildFailed, match=r"did not finish within 0\.01 s \(--build-budget\)"):
         build_apart("cuda", tmp_path / "m.onnx", options, tmp_path)
     assert told == [], "the library did not even begin"
+
+
+TELLING_TARGET = """
+from dataclasses import dataclass
+
+from cnncc.targets.base import BuildOptions, Profile
+from cnncc_runtime.errors import BuildFailed
+
+
+@dataclass(frozen=True)
+class Telling:
+    profile: Profile
+    name: str = "telling"
+
+    def build(self, graph, options, workdir):
+        options.note(f"times of kernels go to {options.timings}")
+        raise BuildFailed(f"asked for {options.gpu}")
+"""
+
+
+def test_options_reach_the_process_that_builds_and_its_notes_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_target(tmp_path / "site", "telling", TELLING_TARGET, "Telling")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    (tmp_path / "m.onnx").write_bytes(small_graph().serialized)
+    notes: list[str] = []
+    asked = GpuOptions(
+        "tensorrt", 4, 64, 600.0, version_compatible=True, hardware="same", refittable=True, strip_weights=True,
+        sparse=True, dla=0, gpu_fallback=True,
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # the child works elsewhere
+    options = BuildOptions(SM89, gpu=asked, timings=Path("timings"), note=notes.append)
+    with pytest.raises(BuildFailed) as caught:
+        build_apart("telling", tmp_path / "m.onnx", options, tmp_path)
+    assert str(caught.value) == f"asked for {asked}"
+    assert notes == [f"times of kernels go to {tmp_path / 'timings'}"]
+
+
+def test_a_stripped_engine_that_cannot_be_loaded_here_is_told(tmp_path: Path) -> None:
+    """Without a GPU no engine is: what it asks for is not known."""
+    trt = tensorrt_rtx()
+    if host_gpus():
+        pytest.skip("about machines without a GPU")
+    graph, notes = small_graph(), list[str]()
+    plan = tmp_path / "e.plan"
+    compile_graph(graph, (), "8.9", Chosen(VENDORS[-1], VERSION), BuildOptions(SM89), plan)
+    check_weights(graph, trt, logger_of(trt), plan.read_bytes(), notes.append)
+    assert notes == [
+        "this machine cannot load the stripped engine: whether all its weights lie beside it shows on the device"
+    ]
