@@ -17,7 +17,8 @@ from cnncc_runtime.gpu import driver_cuda, gpus_text, host_gpus
 
 _PINNED = {"torch": "2.13", "apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 _REQUIRED = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "apache-tvm", "apache-tvm-ffi")
-_OPTIONAL = {"torchvision": "zoo", "timm": "zoo", "ziglang": "cross", "tensorrt-rtx-cu13": "cuda", "cuda-bindings": "cuda"}
+_EXTRAS = {"zoo": ("torchvision", "timm"), "cross": ("ziglang",), "cuda": ("tensorrt-rtx-cu13", "cuda-bindings")}
+_OPTIONAL = {name: extra for extra, names in _EXTRAS.items() for name in names}
 _ROOM = 2 << 30
 """Bytes that compiling a ResNet-50 with an empty cache takes, rounded up."""
 
