@@ -1,52 +1,26 @@
-"""What TensorRT says while it works: its messages, and how far it is. Its classes are made when it is imported."""
+"""How far TensorRT is while it builds. Its classes are made when it is imported."""
 
 from __future__ import annotations
 
-import functools
-import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from cnncc.targets.base import Progress
+from cnncc.targets.base import Progress, budget_spent
 
 
-def logger_of(trt: Any) -> Any:
-    """Return the logger, its list ``errors`` emptied; it also passes warnings and errors to stderr.
+def monitor_of(trt: Any, progress: Progress, budget: float | None = None) -> Any:
+    """Return a monitor that tells how far a build is.
 
-    There is one a process: the library keeps the first that it was given, and does not hear of others.
-
-    Args:
-        trt: The library's module.
-    """
-    logger = _logger(trt)
-    logger.errors.clear()
-    return logger
-
-
-@functools.cache
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            grave = severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-            if grave:
-                self.errors.append(msg)
-            if grave or severity == trt.ILogger.WARNING:  # in a child process, stderr is its log
-                sys.stderr.write(f"{msg}\n")
-
-    return Logger()
-
-
-def monitor_of(trt: Any, progress: Progress) -> Any:
-    """Return a monitor that tells how far a build is; its ``failure`` is what ``progress`` raised, which stops it.
+    Its ``failure`` is why it stops the build: what ``progress`` raised, or that the budget is spent. The builder asks
+    after each step, and some steps take long.
 
     Args:
         trt: The library's module.
         progress: Told of it.
+        budget: Seconds from now on; None for no end.
     """
+    start = time.monotonic()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -73,6 +47,9 @@ def monitor_of(trt: Any, progress: Progress) -> Any:
                 progress(f"build: {phase[:1].lower()}{phase[1:]}", self._phases.fraction)
             except BaseException as exc:  # an exception cannot pass through the builder's own code
                 self.failure = exc
+                return
+            if budget is not None and time.monotonic() > start + budget:
+                self.failure = budget_spent(budget)
 
     return Monitor()
 
