@@ -54,8 +54,11 @@ _PRONE = frozenset(
 )  # fmt: skip
 """Operators that overflow or cancel where their inputs do not (as ModelOpt's AutoCast leaves most of them)."""
 
-_LACKING: dict[int, frozenset[str]] = {TensorProto.BFLOAT16: frozenset(("ConvTranspose",))}
-"""Type → operators that TensorRT-RTX 1.7 builds in it only out of float32 between casts, which it takes in."""
+_LACKING: dict[int, frozenset[str]] = {TensorProto.BFLOAT16: frozenset(("ConvTranspose", "HardSwish", "Mish"))}
+"""Type → operators that TensorRT-RTX 1.7 does not build in it, of 60 tried.
+
+A ConvTranspose it does build out of float32 between casts, which it takes in.
+"""
 
 _FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that are float32 whatever the others are: the region and the scales."""

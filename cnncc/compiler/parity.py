@@ -84,6 +84,10 @@ HALF_LUCK = 1.0
 """`SAMPLING_Z` for such a floor: the worst of eight runs is no lucky one."""
 
 
+INTEGERS_LUCK = 1e-3
+"""Share of an output's integers, such as classes of pixels, that may differ though they did in no run with jitter."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """How a tolerance follows from a floor.
@@ -92,14 +96,16 @@ class Rules:
         multiple: Of the floor that an engine's error may be.
         ceiling: Floor above which nothing is proven.
         luck: Standard deviations that the floor may have been lucky by.
+        integers: Whether integers may differ too, as often as they do in the floor, times the multiple.
     """
 
     multiple: float
     ceiling: float
     luck: float = SAMPLING_Z
+    integers: bool = True
 
 
-FLOAT_RULES = Rules(ERROR_MULTIPLE, FLOOR_CEILING)
+FLOAT_RULES = Rules(ERROR_MULTIPLE, FLOOR_CEILING, integers=False)
 FP16_RULES = Rules(FP16_MULTIPLE, HALF_CEILING, HALF_LUCK)
 BF16_RULES = Rules(BF16_MULTIPLE, HALF_CEILING, HALF_LUCK)
 QUANTIZED_RULES = Rules(QUANTIZED_MULTIPLE, QUANTIZED_CEILING)
@@ -149,12 +155,14 @@ class Tolerance:
         max_scaled: Bound on max|error| / max|truth| (on max|error| where the truth is zero).
         floor_rel_l2: The noise floor that ``rel_l2`` was derived from; None where it is not known (golden data).
         floor_max_scaled: The noise floor that ``max_scaled`` was derived from; None likewise.
+        differing: Integers of a sample that may differ, where rounding decides some.
     """
 
     rel_l2: float | None
     max_scaled: float
     floor_rel_l2: float | None
     floor_max_scaled: float | None
+    differing: int = 0
 
 
 @dataclass(frozen=True)
@@ -368,9 +376,13 @@ def derive_tolerance(floor: Sequence[Comparison], *, rules: Rules = FLOAT_RULES)
     least = FLOOR_ULPS * max((c.epsilon for c in floor), default=0.0)
     counts = [c.elements for c in floor if c.elements]
     factor = rules.multiple * math.exp(rules.luck / math.sqrt(min(counts))) if counts else rules.multiple
+    differing = 0
+    if rules.integers and not least:  # floats have an epsilon
+        lucky = min((c.size for c in floor), default=0) * INTEGERS_LUCK
+        differing = int(rules.multiple * max((c.differing for c in floor), default=0) + lucky)
     floor_peak = max((c.max_error / (c.max_truth or scale_peak or 1.0) for c in floor), default=0.0)
     if not scale_norm:
-        return Tolerance(None, factor * floor_peak, None, floor_peak)
+        return Tolerance(None, factor * floor_peak, None, floor_peak, differing)
     floor_rel = max(c.error_norm / (c.truth_norm or scale_norm) for c in floor)
     return Tolerance(factor * max(floor_rel, least), factor * max(floor_peak, least), floor_rel, floor_peak)
 
@@ -414,7 +426,8 @@ def judge_output(
     )
     if tolerance is None:
         return result
-    failures = (*_hard_failures(subject, output, samples, comparisons), *_soft_failures(subject, result))
+    hard = _hard_failures(subject, output, samples, comparisons, tolerance.differing)
+    failures = (*hard, *_soft_failures(subject, result))
     return replace(result, failures=failures)
 
 
@@ -447,8 +460,10 @@ def judge_floor(
     return replace(result, failures=tuple(failures))
 
 
-def _hard_failures(subject: str, output: str, samples: Sequence[str], comparisons: Sequence[Comparison]) -> list[str]:
-    """What no tolerance forgives: shapes, dtypes, NaN, Inf and integers."""
+def _hard_failures(
+    subject: str, output: str, samples: Sequence[str], comparisons: Sequence[Comparison], differing: int
+) -> list[str]:
+    """What no tolerance of errors forgives: shapes, dtypes, NaN, Inf, and more integers than may differ."""
     failures = []
     for sample, found in zip(samples, comparisons, strict=True):
         if found.problem:
@@ -458,7 +473,7 @@ def _hard_failures(subject: str, output: str, samples: Sequence[str], comparison
                 f"{subject}: output '{output}' is NaN or Inf in {found.nonfinite} elements where float32 ONNX Runtime "
                 f"is not, or the other way round (sample '{sample}')"
             )
-        if found.differing:
+        if found.differing > differing:
             failures.append(
                 f"{subject}: {found.differing} of {found.elements} integer elements of output '{output}' differ "
                 f"(sample '{sample}')"

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from cnncc.compiler.parity import (
     BF16_RULES,
@@ -107,11 +109,16 @@ class _Samples:
         """Compare outputs with the truth, by output name, one comparison per sample."""
         return {
             name: [
-                compare(truth[name], found.get(name), floor[name])
-                for truth, found, floor in zip(self.truth, outputs, self.floor, strict=True)
+                compare(truth[name], found.get(name), self._deciding(index, name))
+                for index, (truth, found) in enumerate(zip(self.truth, outputs, strict=True))
             ]
             for name in self.truth[0]
         }
+
+    def _deciding(self, index: int, name: str) -> NDArray[Any]:
+        """Return what says which elements of an output are compared: with jitter all integers, as some may differ."""
+        floor = self.floor[index][name]
+        return self.truth[index][name] if self.jittered and floor.dtype.kind in "biu" else floor
 
 
 def random_samples(
@@ -174,14 +181,15 @@ def verify_engine(
     if cleaned is not exported:
         subjects.append(_judge(measured, "cleaned", "the cleaned graph", _all(_reference(cleaned), samples)))
     if engine_run is None:
-        notes = ["the engine was not run: this machine is not the one that it was built for"]
+        notes = ["the engine was not run: this machine is not the one that it was built for", *_golden_notes(measured)]
         return Verification(make_report(sample_names, subjects, notes=notes, rules=measured.rules), _golden(measured))
     outputs = [engine_run(feeds) for feeds in samples]
     subjects.append(_judge(measured, "engine", "the engine", outputs))
     if torch_outputs is not None:
         subjects.append(_report_pair(measured, "engine", "pytorch", outputs, torch_outputs))
     subjects.append(_report_pair(measured, "engine", "onnxruntime", outputs, measured.floor))
-    return Verification(make_report(sample_names, subjects, rules=measured.rules), _golden(measured))
+    notes = _golden_notes(measured)
+    return Verification(make_report(sample_names, subjects, notes=notes, rules=measured.rules), _golden(measured))
 
 
 def verify_bundle(
@@ -444,10 +452,20 @@ def _report_pair(
     return SubjectParity(subject, against, False, tuple(judged))
 
 
+def _golden_notes(measured: _Samples) -> list[str]:
+    return [
+        f"the golden sample leaves out '{name}': how values are rounded may decide some of its integers"
+        for name, tolerance in measured.tolerances().items()
+        if tolerance.differing
+    ]
+
+
 def _golden(measured: _Samples) -> bytes:
     """Round the first sample's truth to the outputs' dtypes; NaN and Inf are those that float32 makes."""
-    outputs = {}
+    outputs, tolerances = {}, measured.tolerances()
     for name, exact in measured.truth[0].items():
+        if tolerances[name].differing:  # devices compare integers for equality
+            continue
         reference = measured.floor[0][name]
         with np.errstate(over="ignore", invalid="ignore"):  # float64 may exceed float32; the mask below decides
             rounded = exact.astype(reference.dtype)
@@ -455,8 +473,8 @@ def _golden(measured: _Samples) -> bytes:
         outputs[name] = np.where(decided, rounded, reference)
     limits = {
         name: GoldenLimit(found.rel_l2, found.max_scaled)
-        for name, found in measured.tolerances().items()
-        if outputs[name].dtype.kind == "f"
+        for name, found in tolerances.items()
+        if name in outputs and outputs[name].dtype.kind == "f"
     }
     return golden_bytes(measured.feeds[0], outputs, limits)
 

@@ -23,6 +23,9 @@ OLDEST_OPSET = 13
 RAISED_OPSET = 18
 """What old models are converted to: the same as exported ones (cnncc.compiler.export.OPSET)."""
 
+_GROUPS_OPSET = 21
+"""From which on GroupNormalization scales channels, not groups."""
+
 _RAISED_IR = 10
 _NEWEST_IR = int(onnx.IR_VERSION)
 _LIMIT = 2**31 - 1
@@ -125,10 +128,19 @@ def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
     """Return the graph with this operator set at least, every value's type and shape inferred.
 
     Raises:
-        ModelRefused: onnx's version converter does not know one of its operators.
+        ModelRefused: onnx's version converter does not know one of its operators, or would change its meaning.
     """
     if graph.opset >= opset:
         return graph
+    if graph.opset < _GROUPS_OPSET <= opset and (
+        found := [n for n in graph.nodes if n.op_type == "GroupNormalization"]
+    ):
+        raise ModelRefused(
+            f"the model's opset {graph.opset} cannot be raised to {opset}: GroupNormalization has a scale for each "
+            f"channel from {_GROUPS_OPSET} on, and onnx's converter leaves one for each group",
+            where=[place(node) for node in found],
+            hint=f"export the model again with opset {opset}",
+        )
     return _shaped(_converted(_plain(graph.copy_proto()), opset))
 
 

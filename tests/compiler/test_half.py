@@ -14,6 +14,7 @@ from cnncc.graph.half import emulated
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import with_shapes
 from cnncc.graph.reference import Reference
+from cnncc_runtime.errors import ModelRefused
 from tests.targets.conformance import feeds_of, graph_of, small_graph
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -163,7 +164,22 @@ def test_a_product_in_float32_has_what_it_dequantizes_in_float32() -> None:
 
 def test_what_is_not_built_in_bfloat16_stays_wide() -> None:
     weights = numpy_helper.from_array(np.ones((4, 2, 2, 2), np.float32), "w")
-    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up", strides=[2, 2])
-    graph = with_shapes(graph_of([node], {"x": [1, 4, 4, 4]}, {"y": [1, 2, 8, 8]}, [weights]))
-    assert narrow(graph, "bf16").wide == ("up (up)",)
+    nodes = [
+        helper.make_node("ConvTranspose", ["x", "w"], ["u"], "up", strides=[2, 2]),
+        helper.make_node("HardSwish", ["u"], ["y"], "swish"),
+    ]
+    graph = with_shapes(graph_of(nodes, {"x": [1, 4, 4, 4]}, {"y": [1, 2, 8, 8]}, [weights]))
+    assert narrow(graph, "bf16").wide == ("up (up)", "swish (swish)")
     assert narrow(graph, "fp16").wide == ()
+
+
+def test_an_opset_that_changes_an_operator_is_not_raised() -> None:
+    """GroupNormalization has a scale a group until opset 20, a scale a channel from 21 on."""
+    weights = [numpy_helper.from_array(np.ones(2, np.float32), name) for name in "sb"]
+    node = helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], "norm", num_groups=2)
+    proto = graph_of([node], {"x": [2, 4, 5, 5]}, {"y": None}, weights, opset=18).copy_proto()
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4, 5, 5]))
+    graph = with_shapes(OnnxGraph(proto))
+    assert narrow(graph, "fp16").graph.opset == 18
+    with pytest.raises(ModelRefused, match="a scale for each channel from 21 on"):
+        narrow(graph, "bf16")

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cnncc.compiler.half import narrow
-from cnncc.compiler.verify import Run, first_divergence, random_samples, verify_bundle, verify_engine, verify_layers
+from cnncc.compiler.verify import (
+    Run,
+    Verification,
+    first_divergence,
+    random_samples,
+    verify_bundle,
+    verify_engine,
+    verify_layers,
+)
 from cnncc.graph.half import emulated, half_types
 from cnncc.graph.names import set_module_path
 from cnncc.graph.onnx_graph import OnnxGraph
@@ -248,6 +256,45 @@ def test_the_layer_that_is_wrong_is_named(narrowed: OnnxGraph) -> None:
     halves = {node.output[0] for node in narrowed.nodes if node.name == "conv2"}
     assert first_divergence(layers).tensor in halves
     assert len(layers) == len(narrowed.nodes)
+
+
+# ---- integers
+
+
+def classified() -> OnnxGraph:
+    """Return the class of every pixel, of two whose scores are alike nearly everywhere."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((3, 3, 1, 1)).astype(np.float32)
+    weights[1] = weights[0] * np.float32(1 + 2e-3)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], "scores"),
+        helper.make_node("ArgMax", ["c"], ["y"], "argmax", axis=1, keepdims=0),
+    ]
+    found = [numpy_helper.from_array(weights, "w")]
+    return with_shapes(graph_of(nodes, {"x": [1, 3, 16, 16]}, {"y": (TensorProto.INT64, [1, 16, 16])}, found))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_integers_that_rounding_decides_are_not_held_against_an_engine(precision: str) -> None:
+    graph = narrow(classified(), precision).graph
+    feeds, names = random_samples(graph.inputs)
+
+    def report(engine: OnnxGraph) -> Verification:
+        return verify_engine(
+            exported=graph,
+            cleaned=graph,
+            torch_run=None,
+            engine_run=Reference(engine).run,
+            samples=feeds,
+            sample_names=names,
+        )
+
+    for right in RIGHT:
+        found = report(right(graph))
+        assert found.report.passed, found.report.failures
+        assert "the golden sample leaves out 'y'" in found.report.notes[0]
+    wrong = report(emulated(changed(graph, "w", lambda array: array[::-1].copy())))
+    assert "integer elements of output 'y' differ" in wrong.report.failures[0]
 
 
 # ---- int8 with its float part in half precision
