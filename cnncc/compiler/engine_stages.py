@@ -283,7 +283,8 @@ def check_fallback(job: Job, variant: Variant) -> None:
         )
     if not found.fallbacks:
         return
-    name, width = variant.precision, "float32" if variant.precision == INT8 else "another type"
+    wider = "float32" if request.float_type == FP32 else f"float32 or {request.float_type}"
+    name, width = variant.precision, wider if variant.precision == INT8 else "another type"
     said = f"{request.target} computes {len(found.fallbacks)} of {found.asked} {name} layers in {width}"
     if not layers:
         said = f"nobody can tell how {request.target} computes the {found.asked} {name} layers: its engine does not say"
