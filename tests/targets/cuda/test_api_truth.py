@@ -31,6 +31,17 @@ SHARED: dict[str, dict[str, str | None]] = {
         "progress_monitor": None,
         "set_memory_pool_limit": "pool, pool_size",
     },
+    "EngineInspector": {"execution_context": None, "get_engine_information": "format"},
+    "ICudaEngine": {
+        "create_engine_inspector": "",
+        "create_execution_context": "strategy",
+        "get_tensor_mode": "name",
+        "get_tensor_name": "index",
+        "get_tensor_profile_shape": "name, profile_index",
+        "get_tensor_shape": "name",
+        "num_io_tensors": None,
+    },
+    "IExecutionContext": {"set_input_shape": "name, shape"},
     "ILogger": {"ERROR": None, "INTERNAL_ERROR": None, "WARNING": None, "log": "severity, msg"},
     "INetworkDefinition": {"get_input": "index", "num_inputs": None},
     "IOptimizationProfile": {"set_shape": "input, min, opt, max"},
@@ -40,6 +51,7 @@ SHARED: dict[str, dict[str, str | None]] = {
         "step_complete": "phase_name, step",
     },
     "ITensor": {"name": None, "shape": None},
+    "LayerInformationFormat": {"JSON": None},
     "MemoryPoolType": {"WORKSPACE": None},
     "NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": None},
     "OnnxParser": {
@@ -51,6 +63,8 @@ SHARED: dict[str, dict[str, str | None]] = {
     },
     "ParserError": {"desc": "", "node": "", "node_name": ""},
     "ProfilingVerbosity": {"DETAILED": None},
+    "Runtime": {"__init__": "logger", "deserialize_cuda_engine": "serialized_engine"},
+    "TensorIOMode": {"INPUT": None},
 }
 """Class → member → parameters; None for what is no function."""
 
@@ -96,6 +110,10 @@ def test_the_table_above_lists_all_that_the_source_names() -> None:
             if isinstance(owner, ast.Name) and owner.id in (
                 "config",
                 "builder",
+                "runtime",
+                "engine",
+                "context",
+                "inspector",
                 "network",
                 "parser",
                 "tensor",
