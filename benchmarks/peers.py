@@ -44,9 +44,10 @@ SLOWER_ELSEWHERE = ("torch",)
 
 def usual_peers(precision: str) -> tuple[str, ...]:
     """Return the peers that are measured unless others are asked for: in int8, those that read Q/DQ or quantize."""
+    here = [name for name in peers() if not KINDS[name].gpu]
     if precision == INT8:
-        return tuple(name for name in peers() if KINDS[name].qdq or KINDS[name].quantizes)
-    return tuple(name for name in peers() if name not in SLOWER_ELSEWHERE and not KINDS[name].quantizes)
+        return tuple(name for name in here if KINDS[name].qdq or KINDS[name].quantizes)
+    return tuple(name for name in here if name not in SLOWER_ELSEWHERE and not KINDS[name].quantizes)
 
 
 AGREEMENT = 1e-3
