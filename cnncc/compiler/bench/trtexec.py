@@ -27,6 +27,14 @@ PLACES = ("/usr/src/tensorrt/bin",)
 """Where NVIDIA's packages put it, beside the PATH."""
 
 _WARM_UP_MS = 200
+_SPARE = 5
+"""Inferences beyond those that are asked for: the last ones of the warm-up may be counted among them."""
+
+_BUILD_FLAGS = ("--stronglyTyped", "--noTF32")
+_RUN_FLAGS = ("--useSpinWait", "--includeDataTransfers", "--noCudaGraph")
+"""Taken where a version has them: TensorRT 11 is always strict, leaves the copies out and launches CUDA graphs unless
+it is told otherwise; TensorRT 10 is, and does, the other way round. Ours is timed without a graph, too."""
+
 _ERRORS = 3
 
 
@@ -144,11 +152,10 @@ class TrtexecAdapter:
             files.append(f"{name}:{file}")
             if spec.symbols:
                 shapes.append(f"{name}:{'x'.join(map(str, array.shape))}")
-        known = [flag for flag in ("--stronglyTyped", "--noTF32") if flag in self._help]  # TensorRT 11 is always strict
         sizes = ",".join(shapes)
         profile = [f"--{which}Shapes={sizes}" for which in ("min", "opt", "max")] if shapes else []
-        build = [f"--onnx={self._model}", "--saveEngine=engine.plan", "--skipInference", *known, *profile]
-        self._call(f"--device={self._gpu}", *build)
+        build = [f"--onnx={self._model}", "--saveEngine=engine.plan", "--skipInference", *profile]
+        self._call(f"--device={self._gpu}", *build, *self._known(_BUILD_FLAGS))
         self._arguments = [f"--device={self._gpu}", "--loadEngine=engine.plan", f"--loadInputs={','.join(files)}"]
         self._arguments += [f"--shapes={sizes}"] if shapes else []
 
@@ -159,8 +166,8 @@ class TrtexecAdapter:
     def times(self, runs: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return seconds of each of ``runs`` inferences, with the copies and without."""
         out = Path("times.json")
-        counts = [f"--iterations={runs}", "--duration=0", f"--warmUp={_WARM_UP_MS}", "--useSpinWait"]
-        self._call(*self._arguments, *counts, f"--exportTimes={out}")
+        counts = [f"--iterations={runs + _SPARE}", "--duration=0", f"--warmUp={_WARM_UP_MS}"]
+        self._call(*self._arguments, *counts, *self._known(_RUN_FLAGS), f"--exportTimes={out}")
         found = parse_times(out.read_text(encoding="utf-8"))
         if len(found.latency) < runs:
             raise RunFailed(f"trtexec timed {len(found.latency)} inferences instead of {runs}")
@@ -175,6 +182,9 @@ class TrtexecAdapter:
         out = Path("outputs.json")
         self._call(*self._arguments, "--iterations=1", "--duration=0", "--warmUp=0", f"--exportOutput={out}")
         return parse_outputs(out.read_text(encoding="utf-8"), self._outputs)
+
+    def _known(self, flags: Sequence[str]) -> list[str]:
+        return [flag for flag in flags if flag in self._help]
 
     def _call(self, *arguments: str) -> str:
         done = subprocess.run([self._program, *arguments], capture_output=True, text=True, check=False)

@@ -19,6 +19,7 @@ What a fused layer does inside, nobody says: a product that only such layers nam
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -157,8 +158,11 @@ def _product(layer: Mapping[str, Any]) -> str:
         return UNKNOWN
     read = [_type(tensor) for tensor in _tensors(layer, "Inputs")]
     weights = next((layer[key] for key in ("Weights", "ConvWeights") if isinstance(layer.get(key), dict)), None)
+    constants = _tensors(layer, "Constants")  # of TensorRT 11's compiler: weights, scales, biases
     if weights is not None:  # further inputs are residuals
         read = [*read[:1], _word(str(weights.get("Type", "")))]
+    elif constants:
+        read = [*read[:1], _type(max(constants, key=_size))]
     known = UNKNOWN not in read[:2] and len(read) > 1
     return "×".join(dict.fromkeys(read[:2])) if known else UNKNOWN
 
@@ -171,6 +175,10 @@ def _computed(layer: Mapping[str, Any]) -> str:
 
 def _tensors(layer: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return [tensor for tensor in layer.get(key) or () if isinstance(tensor, dict)]
+
+
+def _size(entry: Mapping[str, Any]) -> int:
+    return math.prod(size for size in entry.get("Dimensions") or (1,) if isinstance(size, int))
 
 
 def _type(entry: Mapping[str, Any]) -> str:

@@ -138,7 +138,7 @@ with (here / "calls").open("a") as file:
     file.write(json.dumps(flags) + "\\n")
 print("&&&& RUNNING TensorRT.trtexec [TensorRT v101601] # trtexec")
 if "help" in flags:
-    print("  --stronglyTyped  Create a strongly typed network.\\n  --noTF32")
+    print("  --stronglyTyped  Create a strongly typed network.\\n  --noTF32\\n  --noCudaGraph  Disable CUDA graphs.")
 elif "onnx" in flags:
     if (here / "broken").exists():
         print("[11/28/2026-03:00:00] [E] Error[4]: the network is not strong enough")
@@ -193,6 +193,9 @@ class TestTrtexec:
         [built] = [call for call in said if "onnx" in call]
         assert {"stronglyTyped", "noTF32", "skipInference"} <= set(built)
         assert {call["device"] for call in said if "help" not in call} == {"1"}
+        [timed] = {tuple(sorted(call)) for call in said if "exportTimes" in call}
+        assert {"noCudaGraph", "iterations", "duration"} <= set(timed)
+        assert "useSpinWait" not in timed, "this version does not know it"
         assert {call.get("shapes") for call in said if "loadEngine" in call} == {shapes}
         assert {built.get(f"{which}Shapes") for which in ("min", "opt", "max")} == {shapes}
 

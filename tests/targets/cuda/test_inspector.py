@@ -110,6 +110,13 @@ def test_tensorrt_11_has_types_in_fields_of_their_own(graph: OnnxGraph, word: st
     assert precisions(graph, made, version=11) == {"conv": "int8"}
 
 
+def test_tensorrt_11_lists_weights_among_constants_the_largest_of_them(graph: OnnxGraph) -> None:
+    constants = [{"Name": "scale", "Dimensions": [32], "Datatype": "Float"},
+                 {"Name": "weights", "Dimensions": [32, 32], "Datatype": "Int8"}]  # fmt: skip
+    made = layer("fc_myl0_1", "gemm", ["Int8"], "fc", split=True, Constants=constants)
+    assert precisions(graph, made, version=11) == {"fc": "int8"}
+
+
 def test_two_operands_that_are_no_weights_are_both_read(graph: OnnxGraph) -> None:
     made = layer("m", "MatrixMultiply", ["Row major linear FP16 format", "Row major linear FP32"], "fc")
     assert precisions(graph, made) == {"fc": "float16×float32"}
