@@ -24,13 +24,14 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
 # What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine
 AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross
 
-.PHONY: help setup demo test aarch64 tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+.PHONY: help setup demo test test-gpu aarch64 tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   .venv with cnncc, cnncc-runtime (editable) and all that tests need'
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
 	@echo 'make test    the whole test suite, the fast tests first'
+	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
 	@echo 'make aarch64   what the tests run engines for AArch64 with; Debian packages only as root'
 	@echo 'make tensorrt   the bindings of TensorRT 10 and 11 that the tests hold our calls against'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
@@ -57,8 +58,12 @@ demo: setup
 	$(BIN)/python examples/digits/demo.py
 
 test: setup aarch64 tensorrt
-	$(BIN)/pytest -m 'not slow and not zoo'
-	$(BIN)/pytest -m 'slow and not zoo'
+	$(BIN)/pytest -m 'not slow and not zoo and not gpu'
+	$(BIN)/pytest -m 'slow and not zoo and not gpu'
+
+# On a machine with an NVIDIA GPU: without one, every test of it fails
+test-gpu: setup
+	$(BIN)/pytest -m gpu tests/gpu
 
 # Where something of it cannot be had, tests say that they were skipped; in CI they fail
 aarch64: build/aarch64/.ready
@@ -82,10 +87,10 @@ tensorrt: build/tensorrt/.ready
 
 build/tensorrt/.ready: Makefile | setup
 	mkdir -p $(@D)
-	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(@D) \
-	    tensorrt-cu12-bindings==10.16.1.11 && \
-	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(@D) \
-	    tensorrt-cu13-bindings==11.4.0.106 && touch $@ || \
+	for wheel in tensorrt-{,lean-}cu12-bindings==10.16.1.11 tensorrt-{,lean-}cu13-bindings==11.4.0.106; do \
+	    $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(@D) $$wheel \
+	    || exit 1; \
+	done && touch $@ || \
 	    echo 'no bindings of TensorRT could be downloaded'
 
 lint: setup
@@ -95,7 +100,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest -q -m 'not slow and not zoo'
+	$(BIN)/pytest -q -m 'not slow and not zoo and not gpu'
 
 # BENCH passes arguments on: make bench BENCH='resnet18 unet --threads 1 --repeat 3 --output build/peers.json'
 bench: setup $(VENV)/.peers

@@ -13,10 +13,12 @@ from cnncc.targets.devices import resolve_profile
 from cnncc.targets.registry import load_target, target_names
 from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.errors import CnnccError
+from cnncc_runtime.gpu import driver_cuda, gpus_text, host_gpus
 
 _PINNED = {"torch": "2.13", "apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 _REQUIRED = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "apache-tvm", "apache-tvm-ffi")
-_OPTIONAL = {"torchvision": "zoo", "timm": "zoo", "ziglang": "cross", "tensorrt-rtx-cu13": "cuda"}
+_EXTRAS = {"zoo": ("torchvision", "timm"), "cross": ("ziglang",), "cuda": ("tensorrt-rtx-cu13", "cuda-bindings")}
+_OPTIONAL = {name: extra for extra, names in _EXTRAS.items() for name in names}
 _ROOM = 2 << 30
 """Bytes that compiling a ResNet-50 with an empty cache takes, rounded up."""
 
@@ -46,12 +48,19 @@ def examine(cache: Path) -> tuple[Finding, ...]:
     Args:
         cache: The cache folder that would be used.
     """
-    return (_cpu(), *_packages(), *_targets(), _cache(cache))
+    return (_cpu(), _gpu(), *_packages(), *_targets(), _cache(cache))
 
 
 def _cpu() -> Finding:
     cpu = host_cpu()
     return Finding("machine", "ready", f"{cpu.model}, {cpu.cores} cores, Python {platform.python_version()}")
+
+
+def _gpu() -> Finding:
+    cuda = driver_cuda()
+    if not host_gpus() or cuda is None:
+        return Finding("gpu", "optional", "no NVIDIA GPU: engines for GPUs are built here, and executed elsewhere")
+    return Finding("gpu", "ready", f"{gpus_text()}, driver for CUDA {cuda[0]}.{cuda[1]}")
 
 
 def _packages() -> list[Finding]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 DRIVER = "libcuda.so.1"
 """Comes with the driver, on desktops and on Jetsons alike."""
 
+NEWER = "+"
+"""Behind a compute capability: and newer ones."""
+
 _MAJOR, _MINOR = 75, 76  # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NAME_LENGTH = 256
 
@@ -20,10 +23,18 @@ class HostGpu:
     Attributes:
         name: As the driver calls it.
         capability: CUDA compute capability: ``8.9``.
+        index: In CUDA's order.
     """
 
     name: str
     capability: str
+    index: int = 0
+
+    def runs(self, built_for: str) -> bool:
+        """Whether it executes engines for a compute capability: ``8.9``, or ``8.0+``, which newer ones execute too."""
+        if built_for.endswith(NEWER):
+            return _numbers(self.capability) >= _numbers(built_for.removesuffix(NEWER))
+        return self.capability == built_for
 
     def __str__(self) -> str:
         """Return ``NVIDIA GeForce RTX 4090 (compute capability 8.9)``."""
@@ -37,6 +48,18 @@ def host_gpus() -> tuple[HostGpu, ...]:
         return _gpus(ctypes.CDLL(DRIVER))
     except (OSError, AttributeError):  # no driver, or something else by its name
         return ()
+
+
+@functools.cache
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the version of CUDA that the driver is for: ``(13, 0)``; None where there is no driver. Never raises."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):  # as above
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def gpus_text() -> str:
@@ -60,4 +83,8 @@ def _gpu(driver: ctypes.CDLL, index: int) -> HostGpu | None:
         or driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
         or driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
     )
-    return None if failed else HostGpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
+    return None if failed else HostGpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}", index)
+
+
+def _numbers(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))

@@ -28,6 +28,7 @@ from cnncc_runtime.errors import (
     UsageError,
 )
 from cnncc_runtime.gpu import gpus_text, host_gpus
+from cnncc_runtime.plan_library import PLANS, opener
 from cnncc_runtime.preprocess import open_image
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
 
@@ -35,11 +36,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Self
 
-FORMATS = {"tvm-vm": "cnncc_runtime.tvm_session:TvmSession"}
+FORMATS = {"tvm-vm": "cnncc_runtime.tvm_session:TvmSession"} | dict.fromkeys(
+    PLANS, "cnncc_runtime.plan_session:PlanSession"
+)
 """Engine format → ``module:Class`` (a `SessionClass`), imported when a bundle asks for it."""
-
-PLANS = ("tensorrt", "tensorrt-rtx")
-"""Formats that cnncc builds and this runtime does not execute; other distributions may."""
 
 FORMATS_GROUP = "cnncc_runtime.formats"
 """Entry-point group by which other distributions add formats."""
@@ -103,13 +103,14 @@ class Session(Protocol):
 class SessionClass(Protocol):
     """What a format's entry names."""
 
-    def __call__(self, bundle: Bundle, engine: BinaryIO, *, threads: int) -> Session:
+    def __call__(self, bundle: Bundle, engine: BinaryIO, *, threads: int, **options: bool) -> Session:
         """Load an engine.
 
         Args:
             bundle: Its bundle.
             engine: The engine file, opened; its size and digest were checked through this handle.
             threads: Cores that a run may use.
+            options: ``cuda_graph`` where it was asked for; only engines for GPUs are.
 
         Raises:
             EngineMismatch: The engine was built for another machine or ABI.
@@ -119,45 +120,61 @@ class SessionClass(Protocol):
         ...
 
 
-def open(bundle: str | Path | Bundle, *, threads: int | None = None, allow_unverified: bool = False) -> Session:
+def open(
+    bundle: str | Path | Bundle,
+    *,
+    threads: int | None = None,
+    allow_unverified: bool = False,
+    cuda_graph: bool = False,
+) -> Session:
     """Open a bundle's engine.
 
     Args:
         bundle: A ``NAME.cnncc`` folder.
         threads: Cores that a run may use; by default the physical cores that this process may use.
         allow_unverified: Open also what has no passed parity check.
+        cuda_graph: Whether an engine for a GPU is launched as one CUDA graph, which spares the CPU a launch per kernel.
 
     Raises:
         BundleRefused: Not a bundle, or damaged.
         CheckFailed: The engine's parity was not checked, or (`ParityFailed`) the check said no.
         EngineMismatch: The engine was built for another machine.
         TargetUnavailable: What loads such engines is not installed.
-        UsageError: ``threads`` is not a sensible number.
+        UsageError: ``threads`` is not a sensible number, or ``cuda_graph`` is asked of an engine for a CPU.
     """
     width = _threads(threads)
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
     if not allow_unverified:
         _check_parity(opened)
-    if opened.manifest.engine.format in PLANS and (away := obstacle(opened.manifest.target, opened.manifest.engine)):
-        raise away
+    if cuda_graph and not opened.manifest.target.gpu:
+        raise UsageError("cuda_graph is for engines for GPUs", hint="leave it out")
     session_class = _session_class(opened.manifest.engine.format)
+    options: dict[str, bool] = {"cuda_graph": True} if cuda_graph else {}
     with opened.open(opened.manifest.engine.file) as engine:
-        return session_class(opened, engine, threads=width)
+        return session_class(opened, engine, threads=width, **options)
 
 
-def load(bundle: str | Path | Bundle, *, threads: int | None = None, allow_unverified: bool = False) -> Model:
+def load(
+    bundle: str | Path | Bundle,
+    *,
+    threads: int | None = None,
+    allow_unverified: bool = False,
+    cuda_graph: bool = False,
+) -> Model:
     """Open a bundle as something to call: ``load("x.cnncc")(x)``.
 
     Args:
         bundle: A ``NAME.cnncc`` folder.
         threads: As for `open`.
         allow_unverified: As for `open`.
+        cuda_graph: As for `open`.
 
     Raises:
         CnnccError: As `open`.
     """
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(Path(bundle))
-    return Model(open(opened, threads=threads, allow_unverified=allow_unverified), opened.manifest)
+    session = open(opened, threads=threads, allow_unverified=allow_unverified, cuda_graph=cuda_graph)
+    return Model(session, opened.manifest)
 
 
 class Model:
@@ -251,7 +268,7 @@ def engine_mismatch(target: TargetRecord, host: HostCpu | None = None) -> Engine
             f"built for: {target.cpu or target.device}, found: {host.model}, which lacks {', '.join(missing)}",
             hint=hint,
         )
-    if target.gpu and target.gpu not in {gpu.capability for gpu in host_gpus()}:
+    if target.gpu and not any(gpu.runs(target.gpu) for gpu in host_gpus()):
         return EngineMismatch(
             f"built for: a GPU of compute capability {target.gpu} ({target.device}), found: {gpus_text()}",
             hint="run it on a machine with such a GPU, or compile for another --device",
@@ -271,12 +288,8 @@ def obstacle(target: TargetRecord, engine: EngineRecord) -> EnvironmentMissing |
     """
     if mismatch := engine_mismatch(target):
         return mismatch
-    if engine.format not in PLANS or engine.format in _formats():
-        return None
-    return TargetUnavailable(
-        f"cnncc-runtime does not run engines of format '{engine.format}'",
-        hint="the vendor's own tools open the engine file; or install the distribution that adds the format",
-    )
+    found = opener(engine) if engine.format in PLANS else None
+    return found if isinstance(found, EnvironmentMissing) else None
 
 
 def _threads(threads: int | None) -> int:

@@ -27,13 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnncc_runtime import tvm_runtime
+from cnncc_runtime.admission import Admission
 from cnncc_runtime.bundle import Bundle, EngineRecord
 from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.elf import Elf, parse_elf
 from cnncc_runtime.engine_threads import Launcher, Pool
-from cnncc_runtime.errors import BundleRefused, DataRefused, EngineMismatch, RunFailed
+from cnncc_runtime.errors import BundleRefused, EngineMismatch, RunFailed
 from cnncc_runtime.session import engine_mismatch
-from cnncc_runtime.specs import Feeds, Tensors, TensorSpec, check_feeds
+from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
 from cnncc_runtime.weights import ALIGNMENT, MappedWeights, aligned_empty
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class TvmSession:
         self._inputs, self._outputs = manifest.inputs, manifest.outputs
         self._batches, self._threads = manifest.batches, threads
         self._names = [spec.name for spec in manifest.inputs]
-        self._admitted: dict[tuple[Any, ...], int] = {}
+        self._admission = Admission(manifest.inputs, manifest.batches)
         self._lock = threading.Lock()
         self._closed = False
         self._record = manifest.engine
@@ -129,9 +130,7 @@ class TvmSession:
             RunFailed: The batch size was not built, the session is closed, or the engine failed.
         """
         self._check_open()
-        batch = self._admitted_before(feeds)
-        if batch is None:
-            batch = self._admit(feeds)
+        batch = self._admission.batch(feeds)
         with self._lock:
             self._check_open()
             with self._pool:
@@ -153,7 +152,7 @@ class TvmSession:
             RunFailed: As `run`.
         """
         self._check_open()
-        batch = self._admit(feeds)
+        batch = self._admission.batch(feeds)
         with self._lock:
             self._check_open()
             assert self._engine is not None  # it is open
@@ -185,35 +184,6 @@ class TvmSession:
         if len(arrays) != len(self._outputs):
             raise RunFailed(f"the engine returned {len(arrays)} outputs, the manifest lists {len(self._outputs)}")
         return {spec.name: array for spec, array in zip(self._outputs, arrays, strict=True)}
-
-    def _admitted_before(self, feeds: Feeds) -> int | None:
-        """Return the entry that ran feeds of these very types and shapes: small networks take less than the checks."""
-        if len(feeds) != len(self._names):
-            return None
-        try:
-            return self._admitted.get(_signature([feeds[name] for name in self._names]))
-        except (KeyError, AttributeError, TypeError):  # the checks say what is wrong
-            return None
-
-    def _admit(self, feeds: Feeds) -> int:
-        """Check the feeds; return the entry to run."""
-        check_feeds(self._inputs, feeds)
-        sizes: dict[str, tuple[int, str]] = {}
-        for spec in self._inputs:
-            for size, have in zip(spec.shape, feeds[spec.name].shape, strict=True):
-                if isinstance(size, str) and sizes.setdefault(size, (have, spec.name))[0] != have:
-                    raise DataRefused(
-                        f"'{size}' is {sizes[size][0]} in input '{sizes[size][1]}' and {have} in '{spec.name}'",
-                        hint="give all inputs the same batch size",
-                    )
-        batch = next((size for size, _ in sizes.values()), 0) if self._batches else 0
-        if batch not in self._entries:
-            raise RunFailed(
-                f"batch size {batch} was not built, the bundle holds {', '.join(map(str, self._batches))}",
-                hint="pad or split the batch, or compile with that size too",
-            )
-        self._admitted[_signature([feeds[name] for name in self._names])] = batch
-        return batch
 
     def close(self) -> None:
         """Free the engine; arrays that it returned stay valid. Closing twice is harmless."""
@@ -287,10 +257,6 @@ def first_line(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     skip = ("Traceback", "File ", "Stack trace", "[bt]", "-----", "0:", "1:")
     return next((line for line in lines if line and not line.startswith(skip)), type(error).__name__)
-
-
-def _signature(arrays: Sequence[NDArray[Any]]) -> tuple[Any, ...]:
-    return tuple([(type(array), array.shape, array.dtype) for array in arrays])
 
 
 class _Entry:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.models import NETWORKS, find
 from cnncc.targets.devices import resolve_profile
+from tests.calibration.rtx import tensorrt_rtx
 from tests.conftest import ROOT
 
 
@@ -130,3 +131,12 @@ def test_networks_have_names_of_their_own_and_others_are_models() -> None:
     [known, other] = find(("resnet18", "torchvision:alexnet"))
     assert known.shape == "1,3,224,224"
     assert (other.model, other.shape) == ("torchvision:alexnet", "")
+
+
+def test_cuda_builds_prints_sizes_and_executed_types() -> None:
+    tensorrt_rtx()
+    result = run("cuda_builds.py", "digits", "--precision", "fp32", "--precision", "int8", "--device", "sm89")
+    assert result.returncode == 0, result.stderr + result.stdout
+    found = re.findall(r"^digits (\w+) sm89: ([\d.]+) MB, [\d.]+ s, (4 \w+)$", result.stdout, re.M)
+    assert [(precision, types) for precision, _, types in found] == [("fp32", "4 float32"), ("int8", "4 int8")]
+    assert float(found[1][1]) < float(found[0][1])

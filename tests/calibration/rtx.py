@@ -21,7 +21,7 @@ import onnx
 import pytest
 
 from cnncc.graph.reader import name_nodes
-from cnncc.targets.cuda.hearing import logger_of
+from cnncc_runtime.plan_library import logger_of
 
 VERSION = "1.7.1.116"
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

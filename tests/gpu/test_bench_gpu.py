@@ -18,7 +18,7 @@ from cnncc_runtime.gpu import host_gpus
 from tests.cli.conftest import digits_network
 from tests.cli.harness import DIGITS, apart
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not host_gpus(), reason="no NVIDIA GPU here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
 SHORT = ("--rounds", "4", "--min-time", "0.2", "--threads", "1", "--json")
 PROBES = {

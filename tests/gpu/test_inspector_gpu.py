@@ -19,7 +19,7 @@ from cnncc_runtime.gpu import host_gpus
 from tests.calibration import patterns
 from tests.targets.conformance import small_graph
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not host_gpus(), reason="no NVIDIA GPU here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
 
 def described(graph: OnnxGraph, backend: str, folder: Path) -> str:

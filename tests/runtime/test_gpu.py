@@ -47,7 +47,7 @@ def driver(folder: Path, *, fails: int) -> ctypes.CDLL:
 
 
 def test_gpus_are_asked_of_the_driver_and_one_that_fails_is_left_out(tmp_path: Path) -> None:
-    assert gpu._gpus(driver(tmp_path, fails=0)) == (L4, HostGpu("Other", "8.7"))
+    assert gpu._gpus(driver(tmp_path, fails=0)) == (L4, HostGpu("Other", "8.7", 2))
 
 
 def test_a_driver_without_gpus_has_none(tmp_path: Path) -> None:
@@ -74,9 +74,10 @@ def test_an_engine_for_another_gpu_names_both(monkeypatch: pytest.MonkeyPatch) -
     expected = "built for: a GPU of compute capability 12.0 (rtx5090), found: NVIDIA L4 (compute capability 8.9)"
     assert other.message == expected
     assert session.engine_mismatch(TARGET) is None
-    unknown = session.obstacle(TARGET, record)
-    assert isinstance(unknown, TargetUnavailable)
-    assert "does not run engines of format 'tensorrt-rtx'" in unknown.message
+    nothing = session.obstacle(TARGET, replace(record, format="tensorrt", abi="tensorrt 10.16.1.11"))
+    assert isinstance(nothing, TargetUnavailable)
+    assert nothing.message == "nothing here opens plans of tensorrt 10.16.1.11"
+    assert nothing.hint == "pip install tensorrt-cu13==10.16.1.11 cuda-bindings"
     assert session.obstacle(TARGET, replace(record, format="trt-99")) is None, "opening it says that it is unknown"
 
 

@@ -111,9 +111,8 @@ class CnnccAdapter:
         session = cnncc_runtime.session.open(path, threads=threads, allow_unverified=self._unverified)
         self._session = session.__enter__()
         gpu = getattr(session, "gpu", None)
-        index = getattr(gpu, "index", gpu)
-        if self._gpu and index is not None and str(index) != self._gpu:
-            raise RunFailed(f"the engine runs on GPU {index}, its peers on GPU {self._gpu}")
+        if self._gpu and gpu is not None and str(gpu.index) != self._gpu:
+            raise RunFailed(f"the engine runs on GPU {gpu.index}, its peers on GPU {self._gpu}")
 
     @property
     def clock(self) -> str:

@@ -129,14 +129,14 @@ def gpu_noise(turns: Mapping[str, GpuTurns | None]) -> tuple[str, ...]:
 
 
 def gpu_index(capability: str) -> int:
-    """Return the GPU that everyone is measured on, in CUDA's order: the first of a compute capability.
+    """Return the GPU that everyone is measured on, in CUDA's order: the first that runs engines for a capability.
 
     Raises:
         EngineMismatch: There is none.
     """
-    for index, gpu in enumerate(host_gpus()):
-        if gpu.capability == capability:
-            return index
+    for gpu in host_gpus():
+        if gpu.runs(capability):
+            return gpu.index
     raise EngineMismatch(f"built for: a GPU of compute capability {capability}, found: {gpus_text()}")
 
 

@@ -1,43 +1,11 @@
-"""What TensorRT says while it works: its messages, and how far it is. Its classes are made when it is imported."""
+"""How far TensorRT is while it builds. Its classes are made when it is imported."""
 
 from __future__ import annotations
 
-import functools
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from cnncc.targets.base import Progress
-
-
-def logger_of(trt: Any) -> Any:
-    """Return the logger, its list ``errors`` emptied; it also passes warnings and errors to stderr.
-
-    There is one a process: the library keeps the first that it was given, and does not hear of others.
-
-    Args:
-        trt: The library's module.
-    """
-    logger = _logger(trt)
-    logger.errors.clear()
-    return logger
-
-
-@functools.cache
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            grave = severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-            if grave:
-                self.errors.append(msg)
-            if grave or severity == trt.ILogger.WARNING:  # in a child process, stderr is its log
-                sys.stderr.write(f"{msg}\n")
-
-    return Logger()
 
 
 def monitor_of(trt: Any, progress: Progress) -> Any:

@@ -26,11 +26,11 @@ from typing import Any
 
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.targets.cuda.hearing import logger_of
 from cnncc.targets.cuda.layers import KNOWN, MULTIPLIES, layer_records
 from cnncc.targets.cuda.vendors import Chosen
 from cnncc_runtime.bundle import LayerRecord
 from cnncc_runtime.gpu import host_gpus
+from cnncc_runtime.plan_library import logger_of
 
 UNKNOWN = "unknown"
 
@@ -75,7 +75,7 @@ def layers_of(
         Nothing where neither is possible.
     """
     listed = made.version in KNOWN.get(made.vendor.backend, ())
-    if listed or gpu not in {host.capability for host in host_gpus()}:
+    if listed or not any(host.runs(gpu) for host in host_gpus()):
         return layer_records(graph, plan, made, names)
     return inspected(graph, inspect(trt, plan), names)
 

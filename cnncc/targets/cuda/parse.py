@@ -12,9 +12,9 @@ import onnx
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import NodeIssue
-from cnncc.targets.cuda.hearing import logger_of
 from cnncc.targets.cuda.vendors import Chosen
 from cnncc_runtime.errors import BuildFailed, UnsupportedGraph
+from cnncc_runtime.plan_library import logger_of
 
 _LISTABLE = re.compile(r"[ -!#-Z^-~]+")
 """Names that a listing of kernels can hold between quotes and brackets: printable ASCII, but none of ``"[]\\``."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from cnncc.compiler.bench import gpu
 from cnncc.compiler.bench.gpu import (
     GpuState,
     GpuTurns,
@@ -17,7 +21,7 @@ from cnncc.compiler.bench.gpu import (
     throttle_reasons,
 )
 from cnncc_runtime.errors import EngineMismatch
-from cnncc_runtime.gpu import host_gpus
+from cnncc_runtime.gpu import HostGpu, host_gpus
 
 IDLE = GpuState(sm_mhz=345, memory_mhz=2619, celsius=31, watts=69.4, throttled=())
 BUSY = GpuState(sm_mhz=1980, memory_mhz=2619, celsius=52, watts=412.0, throttled=())
@@ -101,3 +105,88 @@ def test_without_a_driver_the_report_says_so() -> None:
         assert watch.describe().problem.startswith("its clocks were not watched: ")
     with pytest.raises(EngineMismatch, match=r"compute capability 8\.9, found: no NVIDIA GPU"):
         gpu_index("8.9")
+
+
+def test_the_bindings_have_all_that_is_asked_of_them() -> None:
+    nvml = pytest.importorskip("pynvml")
+    source = ast.parse(Path(gpu.__file__).read_text(encoding="utf-8"))
+    asked = {
+        node.attr
+        for node in ast.walk(source)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nvml"
+    }
+    assert len(asked) > 9
+    assert [name for name in asked if not hasattr(nvml, name)] == []
+
+
+class StandIn(ModuleType):
+    """NVML's bindings with one GPU in them: its second, at address 0000:65:00.0, which knows no power limit."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        """What the bindings raise."""
+
+    def __init__(self) -> None:
+        super().__init__("pynvml")
+        self.open = 0
+        self.mask = 0x1
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByPciBusId(self, address: bytes) -> str:
+        if address != b"0000:65:00.0":
+            raise self.NVMLError("Not Found")
+        return "handle"
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"535.104.05"
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, _handle: str) -> int:
+        raise self.NVMLError("Not Supported")
+
+    def nvmlDeviceGetClockInfo(self, _handle: str, kind: int) -> int:
+        return {self.NVML_CLOCK_SM: 1980, self.NVML_CLOCK_MEM: 2619}[kind]
+
+    def nvmlDeviceGetTemperature(self, _handle: str, kind: int) -> int:
+        return {self.NVML_TEMPERATURE_GPU: 52}[kind]
+
+    def nvmlDeviceGetPowerUsage(self, _handle: str) -> int:
+        return 412_000
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, _handle: str) -> int:
+        return self.mask
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(gpu, "host_gpus", lambda: (HostGpu("one", "7.5", 0), HostGpu("two", "9.0", 1)))
+    monkeypatch.setattr(gpu, "_bus_id", lambda index: [b"0000:17:00.0", b"0000:65:00.0"][index])
+    return module
+
+
+def test_a_gpu_is_found_by_its_address_and_looked_at(nvml: StandIn) -> None:
+    with GpuWatch(1) as watch:
+        assert watch.describe() == gpu.Gpu("two", "9.0", "535.104.05", None, "")
+        assert watch.look() == BUSY
+        nvml.mask = 0x4
+        assert watch.look() == replace(BUSY, throttled=("power cap",))
+        assert nvml.open == 1
+    assert nvml.open == 0
+
+
+def test_a_gpu_that_the_library_does_not_list_is_not_watched(nvml: StandIn) -> None:
+    with GpuWatch(0) as watch:
+        assert watch.look() is None
+        assert watch.describe() == gpu.Gpu("one", "7.5", problem="its clocks were not watched: Not Found")
+    assert nvml.open == 0
+
+
+def test_the_first_gpu_that_runs_an_engine_is_measured(nvml: StandIn) -> None:
+    assert [gpu_index(capability) for capability in ("9.0", "7.5", "8.0+")] == [1, 0, 1]

@@ -25,23 +25,23 @@ from tests.conftest import ROOT
 WHEELS = ROOT / "build" / "tensorrt"
 """Where `make tensorrt` puts the wheels."""
 
-_LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
+_LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser", "nvinfer_lean")
 _SYMBOLS = (
     "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
     "createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getBuilderPluginRegistry",
     "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins",
 )  # fmt: skip
-_MODULE = "tensorrt_bindings/tensorrt.so"
 
 
-def api_of(major: int, folder: Path) -> dict[str, dict[str, str | None]]:
+def api_of(major: int, folder: Path, *, module: str = "tensorrt") -> dict[str, dict[str, str | None]]:
     """Return the API of a major version of TensorRT; skips the test where its wheel is not here, and fails it in CI.
 
     Args:
         major: 10 or 11.
         folder: For the stubs and the module.
+        module: ``tensorrt``, or ``tensorrt_lean``.
     """
-    wheels = [wheel for wheel in WHEELS.glob("tensorrt_cu*_bindings-*.whl") if f"_bindings-{major}." in wheel.name]
+    wheels = [wheel for wheel in WHEELS.glob(f"{module}_cu*_bindings-*.whl") if f"_bindings-{major}." in wheel.name]
     missing = "no wheel of its bindings" if not wheels else "no C compiler" if _compiler() is None else ""
     if missing:
         problem = f"TensorRT {major}: {missing}: `make tensorrt` brings the wheels"
@@ -85,8 +85,9 @@ def _load(wheel: Path, folder: Path) -> Any:
         subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, source], check=True)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     with zipfile.ZipFile(wheel) as archive:
-        path = Path(archive.extract(_MODULE, folder))
-    spec = importlib.util.spec_from_file_location("tensorrt", path)
+        name = wheel.name.partition("_cu")[0]
+        path = Path(archive.extract(f"{name}_bindings/{name}.so", folder))
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
