@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from cnncc.cli.gpu_options import NAMES, gpu_options
 from cnncc.cli.main import cache_option, common
 from cnncc.cli.options import (
     MODEL_HELP,
@@ -27,13 +28,13 @@ from cnncc_runtime.errors import UsageError
 if TYPE_CHECKING:
     from cnncc.compiler.calibration import Calibration
     from cnncc.compiler.pipeline import Compiled
+    from cnncc.targets.base import GpuOptions
 
 
 AUTO_DROP, AUTO_SQNR = 0.5, 20.0
 """What ``--precision auto`` asks for: points of accuracy on ``--val``, or dB of the outputs where there is none."""
 
 _CUDA = "cuda"
-_GPU_FLAGS = ("backend", "builder_level", "workspace")
 _KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
 
 
@@ -107,24 +108,7 @@ _KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
     metavar="FILE",
     help="Measured kernels: read, and with --optimize measured added to.  [default: in the cache folder]",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-    help="What builds for GPUs: auto takes TensorRT where the GPU is here, else TensorRT-RTX, which needs none.",
-)
-@click.option(
-    "--builder-level",
-    type=click.IntRange(0, 5),
-    help="How long the GPU builder looks for fast kernels.  [default: the library's own, 3]",
-)
-@click.option(
-    "--workspace",
-    type=click.IntRange(1),
-    metavar="MIB",
-    help="Scratch memory that GPU kernels may take.  [default: all that the device has]",
-)
+@gpu_options
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle whose parity failed, marked as failed.")
 @click.option("--no-reference", is_flag=True, help="Leave the ONNX model out of the bundle: half the size, less proof.")
 @cache_option
@@ -157,9 +141,7 @@ def command(
     optimize: str,
     optimize_budget: float | None,
     kernel_database: Path | None,
-    backend: str,
-    builder_level: int | None,
-    workspace: int | None,
+    gpu: GpuOptions,
     keep_failed: bool,
     no_reference: bool,
     cache_dir: Path | None,
@@ -206,7 +188,7 @@ def command(
                 batches=parse_batches(batch_text),
                 kernels=KernelOptions(winograd, direct, growth),
                 optimize=Optimize(optimize, optimize_budget or BUDGET, kernel_database),
-                gpu=GpuOptions(backend, builder_level, workspace) if target == _CUDA else GpuOptions(),
+                gpu=gpu if target == _CUDA else GpuOptions(),
                 data=data,
                 samples=samples,
                 preprocessing=read_preprocessing(preprocess) if preprocess else None,
@@ -230,7 +212,7 @@ def _check_target_flags(targets: set[str]) -> None:
     Raises:
         UsageError: Names the flag.
     """
-    if _CUDA not in targets and (given := _given(_GPU_FLAGS)):
+    if _CUDA not in targets and (given := _given(NAMES)):
         raise UsageError(f"{given[0]} is for --target {_CUDA}", hint=f"leave it out, or add --target {_CUDA}")
     if targets == {_CUDA} and (given := _given(_KERNEL_FLAGS)):
         raise UsageError(f"{given[0]} says nothing to --target {_CUDA}", hint="leave it out: TensorRT chooses kernels")

@@ -91,7 +91,8 @@ def _needs(manifest: Manifest) -> str:
     """Return what a device must have, in a line."""
     target = manifest.target
     if target.gpu:
-        return f"{target.machine} with a GPU of compute capability {target.gpu}, {manifest.engine.abi}"
+        core = "" if manifest.engine.dla is None else f", DLA core {manifest.engine.dla}"
+        return f"{target.machine} with a GPU of compute capability {target.gpu}, {manifest.engine.abi}{core}"
     return f"{target.machine} with {' '.join(target.features) or 'nothing special'}"
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from cnncc.targets.base import (
     Predicting,
     Profile,
     Target,
+    budget_spent,
 )
 from cnncc_runtime import errors
 from cnncc_runtime.bundle import to_plain
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from cnncc.graph.onnx_graph import OnnxGraph
 
 _LOG = "build.log"
+
+_GRACE = 10.0
+"""Seconds that a child may take beyond its budget: to load the library, and to end the step that it is in."""
 
 
 def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) -> Engine:
@@ -59,7 +64,10 @@ def build_apart(target: str, graph: Path, options: BuildOptions, workdir: Path) 
         BuildFailed: The toolchain broke or crashed.
     """
     answer = _ask(
-        {"task": "build", **_request(target, graph, options, workdir)}, workdir, {"progress": options.progress}
+        {"task": "build", **_request(target, graph, options, workdir)},
+        workdir,
+        {"progress": options.progress, "note": options.note},
+        budget=options.gpu.budget,
     )
     return engine_from_plain(answer, workdir)
 
@@ -122,20 +130,24 @@ def _request(target: str, graph: Path, options: BuildOptions, workdir: Path) -> 
                 "kernels": options.kernels,
                 "measured": options.measured,
                 "gpu": options.gpu,
+                "timings": str(options.timings.resolve()) if options.timings else "",
             }
         ),
     }
 
 
-def _ask(request: dict[str, Any], workdir: Path, hear: Mapping[str, Callable[..., None]]) -> Any:
+def _ask(
+    request: dict[str, Any], workdir: Path, hear: Mapping[str, Callable[..., None]], budget: float | None = None
+) -> Any:
     """Return the answer of a child process to a request.
 
     Args:
         request: Plain data.
         workdir: Where its log goes.
         hear: Event → who is told of it.
+        budget: Seconds after which the child ends by itself, or soon after is killed; None to wait.
     """
-    with _child(workdir) as child:
+    with _child(workdir) as child, _killed_after(child, budget) as killed:
         assert child.stdin is not None and child.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: told below, by its exit code
             child.stdin.write(json.dumps(request).encode() + b"\n")
@@ -151,7 +163,29 @@ def _ask(request: dict[str, Any], workdir: Path, hear: Mapping[str, Callable[...
                 return value
             hear[event](*value)
         child.wait()
+        if budget is not None and killed.is_set():
+            raise budget_spent(budget)
         raise _crash(request["target"], child.returncode, workdir / _LOG)
+
+
+@contextlib.contextmanager
+def _killed_after(child: subprocess.Popen[bytes], budget: float | None) -> Iterator[threading.Event]:
+    """Kill a child that outlives its budget; the event says that it was."""
+    killed = threading.Event()
+
+    def kill() -> None:
+        if child.poll() is None:
+            killed.set()
+            os.killpg(child.pid, signal.SIGKILL)
+
+    timer = threading.Timer((budget or 0.0) + _GRACE, kill)
+    timer.daemon = True
+    if budget is not None:
+        timer.start()
+    try:
+        yield killed
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -222,7 +256,9 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
         asked.kernels,
         asked.measured,
         asked.gpu,
+        timings=Path(asked.timings) if asked.timings else None,
         progress=lambda what, fraction: send(progress=[what, fraction]),
+        note=lambda said: send(note=[said]),
         specialize=_specialize,
     )
     try:
@@ -265,6 +301,7 @@ class _Options(msgspec.Struct, frozen=True):
     kernels: KernelOptions
     measured: str
     gpu: GpuOptions
+    timings: str
 
 
 def main() -> None:

@@ -49,6 +49,9 @@ from cnncc_runtime.specs import Feeds, Tensors
 if TYPE_CHECKING:
     from cnncc.compiler.parity import ParityReport
 
+TIMINGS = "timings"
+"""Folder in the cache folder: times of kernels that a target's library measured while it built; no input of a build."""
+
 _SHOWN = 3
 """Layers that a message names."""
 
@@ -201,7 +204,7 @@ def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
         "machine": host_cpu().model if target.profile.cpu == NATIVE else "",
         "batches": request.batches,
         "kernels": to_plain(request.kernels),
-        "gpu": to_plain(request.gpu),
+        "gpu": to_plain(request.gpu.lasting),
         "tools": {**tools(), **target.toolchain()},
     }
 
@@ -212,7 +215,13 @@ def build_options(request: CompileRequest) -> BuildOptions:
 
 
 def _options(job: Job, measured: str) -> BuildOptions:
-    return replace(build_options(job.request), measured=measured, progress=job.reporter.progress)
+    return replace(
+        build_options(job.request),
+        measured=measured,
+        timings=job.cache.folder / TIMINGS,
+        progress=job.reporter.progress,
+        note=job.reporter.note,
+    )
 
 
 def _measured(job: Job, graph: Stage) -> str:
@@ -291,6 +300,9 @@ def choose(job: Job, int8: Variant) -> Choice:
     if table is None or job.request.allow_slow or len(table.kept) == len(table.layers):
         return Choice(int8)
     engine = engine_from_plain(int8.build.value["engine"], Path())
+    if engine.record.dla is not None:
+        job.reporter.note("int8 is not weighed against fp32: the DLA does not compute in float32")
+        return Choice(int8)
     away = obstacle(engine.target, engine.record)
     if away is not None and not isinstance(job.target, Predicting):
         job.reporter.note(

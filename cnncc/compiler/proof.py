@@ -34,6 +34,7 @@ from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import StorageFailed, UsageError
 from cnncc_runtime.files import atomic_folder, scratch_folder
+from cnncc_runtime.gpu import host_gpus
 from cnncc_runtime.session import obstacle
 
 _WINOGRAD = "winograd"
@@ -140,12 +141,22 @@ def kernels_of(layers: Sequence[LayerRecord], graph: OnnxGraph) -> KernelOptions
 
 
 def _profile(target: TargetRecord, cores: int) -> Profile:
-    return Profile(target.device, target.triple, target.cpu, target.features, cores, target.gpu)
+    return Profile(target.device, target.triple, target.cpu, target.features, cores, _gpu(target))
+
+
+def _gpu(target: TargetRecord) -> str:
+    """Return the compute capability that engines are built for again: this machine's, where the engine is for many."""
+    if not target.gpu.endswith("+"):
+        return target.gpu
+    return next((gpu.capability for gpu in host_gpus()), target.gpu.removesuffix("+"))
 
 
 def gpu_options(manifest: Manifest) -> GpuOptions:
     """Return options by which the library builds that built a bundle's engine: a GPU engine's format is its name."""
-    return GpuOptions(manifest.engine.format) if manifest.target.gpu else GpuOptions()
+    if not manifest.target.gpu:
+        return GpuOptions()
+    dla = manifest.engine.dla
+    return GpuOptions(manifest.engine.format, dla=dla, gpu_fallback=dla is not None)
 
 
 def _with_engine(manifest: Manifest, graph: OnnxGraph, engine: EngineRecord) -> Manifest:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cnncc_runtime.bundle import EngineRecord, LayerRecord, TargetRecord
+from cnncc_runtime.errors import BuildFailed
 
 if TYPE_CHECKING:  # onnx takes 0.2 s to import, and listing targets needs none of it
     from cnncc.graph.onnx_graph import OnnxGraph
@@ -102,11 +103,45 @@ class GpuOptions:
         backend: ``tensorrt``, ``tensorrt-rtx``, or ``auto``: whichever is installed and can build for the device.
         level: How long the builder looks for fast kernels, 0 to 5; None for the library's own default.
         workspace: MiB of scratch memory that kernels may take; None for all that the device has.
+        budget: Seconds that the builder may take; None for as long as it likes.
+        version_compatible: Whether newer versions of the library must be able to run the engine.
+        hardware: Which GPUs must be able to run it besides the one that it is built on: ``same`` (all of its compute
+            capability), ``ampere+`` (compute capability 8.0 and newer), or None.
+        refittable: Whether its weights can be replaced by others.
+        strip_weights: Whether its weights are left out of it, and lie beside it.
+        sparse: Whether 2:4 sparse weights are multiplied as such.
+        dla: The deep learning accelerator of a Jetson that runs it; None for the GPU.
+        gpu_fallback: Whether the GPU computes what the accelerator cannot.
     """
 
     backend: str = "auto"
     level: int | None = None
     workspace: int | None = None
+    budget: float | None = None
+    version_compatible: bool = False
+    hardware: str | None = None
+    refittable: bool = False
+    strip_weights: bool = False
+    sparse: bool = False
+    dla: int | None = None
+    gpu_fallback: bool = False
+
+    @property
+    def lasting(self) -> GpuOptions:
+        """The options that an engine is the result of; how long its build may take is none of them."""
+        return replace(self, budget=None)
+
+
+def budget_spent(budget: float) -> BuildFailed:
+    """Return the error of a build that takes longer than it may.
+
+    Args:
+        budget: Seconds.
+    """
+    return BuildFailed(
+        f"the builder did not finish within {budget:g} s (--build-budget)",
+        hint="allow more, or have it search less: --builder-level 0 to 5, by default 3",
+    )
 
 
 Specialize = Callable[["OnnxGraph", int], "OnnxGraph"]
@@ -139,7 +174,9 @@ class BuildOptions:
         gpu: What the libraries for GPUs must heed.
         precision: What the graph computes in, for a target to say no before there is one (`Preflighting`): ``fp32``,
             ``fp16``, ``bf16``, ``int8`` or ``auto``. A build does what the graph says.
+        timings: Folder where times of kernels are kept, for later builds to be faster; None to keep none.
         progress: Told how far the build is.
+        note: Told what the user did not ask for but should know.
         specialize: Makes the graph of one batch size; the compiler hands in its passes, since targets may not import
             them. By default the batch is bound and nothing is folded.
     """
@@ -150,7 +187,9 @@ class BuildOptions:
     measured: str = ""
     gpu: GpuOptions = GpuOptions()
     precision: str = "fp32"
+    timings: Path | None = field(default=None, compare=False)
     progress: Progress = field(default=_no_progress, compare=False)
+    note: Callable[[str], None] = field(default=_no_note, compare=False)
     specialize: Specialize = field(default=_bind_batch, compare=False)
 
 

@@ -26,7 +26,7 @@ from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import DTYPES, TensorSpec
 from cnncc_runtime.weights import WeightsRecord
 
-SCHEMA = "cnncc.bundle/4"
+SCHEMA = "cnncc.bundle/5"
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
@@ -51,7 +51,7 @@ class TargetRecord:
         cpu: LLVM CPU name; empty for GPUs.
         machine: ELF machine name (``x86_64``, ``aarch64``); for GPUs that of the computer they are in.
         features: ISA features that the engine may execute, as `cnncc_runtime.cpu` names them.
-        gpu: CUDA compute capability (``8.9``); empty for CPUs.
+        gpu: CUDA compute capability (``8.9``), with a ``+`` where newer GPUs run it too (``8.0+``); empty for CPUs.
     """
 
     name: str
@@ -64,7 +64,7 @@ class TargetRecord:
 
     @property
     def processor(self) -> str:
-        """What executes the engine: the CPU by LLVM's name, or a GPU's architecture as ``sm89``."""
+        """What executes the engine: the CPU by LLVM's name, or a GPU's architecture as ``sm89`` or ``sm80+``."""
         return f"sm{self.gpu.replace('.', '')}" if self.gpu else self.cpu
 
 
@@ -75,9 +75,14 @@ class EngineRecord:
     Attributes:
         file: Its name in the bundle, exactly as the vendor's tools expect it.
         format: Which session opens it (``tvm-vm``, ``tensorrt``, ``tensorrt-rtx``).
-        abi: Version of the runtime interface it needs.
+        abi: Version of the runtime interface it needs; with a ``+`` where newer ones of its major version run it too
+            (``tensorrt 10.16.1.11+``).
         entries: Batch size → function; a model without a batch dimension has one entry, ``0``.
         weights: What the functions take after their inputs; None where the engine file holds all weights.
+        refit: The file of weights that a stripped engine is given when it is loaded: a npz of at least those that its
+            refitter asks for, by the names that it asks for, types that NumPy lacks as unsigned integers of the same
+            bits. Empty where the engine file holds all weights.
+        dla: The deep learning accelerator that runs it; None for none.
     """
 
     file: str
@@ -85,11 +90,14 @@ class EngineRecord:
     abi: str
     entries: dict[int, str]
     weights: WeightsRecord | None = None
+    refit: str = ""
+    dla: int | None = None
 
     @property
     def roles(self) -> dict[str, str]:
         """Names of the files that make up the engine → their roles in the bundle."""
-        return {self.file: "engine"} | ({self.weights.file: "weights"} if self.weights else {})
+        weights = [self.weights.file] if self.weights else []
+        return {self.file: "engine"} | dict.fromkeys([*weights, *filter(None, [self.refit])], "weights")
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,7 @@ class Manifest:
             f"the engine '{self.engine.file}', which is its weights too": (
                 self.engine.roles.get(self.engine.file) == "engine"
             ),
+            f"the GPU '{self.target.gpu}'": re.fullmatch(r"(\d+\.\d+\+?)?", self.target.gpu) is not None,
             weights: not weights,
         }
         return "; ".join(problem for problem, good in problems.items() if not good)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from onnx import helper, numpy_helper
 
@@ -14,11 +19,15 @@ from cnncc_runtime.bundle import read_bundle
 from cnncc_runtime.gpu import host_gpus
 from tests.calibration.rtx import tensorrt_rtx
 from tests.cli.conftest import Digits
-from tests.cli.harness import call, leftovers
+from tests.cli.harness import call, finish, leftovers, start
+from tests.cli.test_faults import DEFAULT_SIGINT, PATIENCE
 from tests.cli.test_payoff import convolution
 from tests.targets.conformance import graph_of
 
 pytestmark = pytest.mark.skipif(bool(host_gpus()), reason="these tests are about machines without a GPU")
+
+LONG = 1000
+"""Convolutions that TensorRT-RTX takes some seconds for."""
 
 BUILT = "built, not executed here (built for: a GPU of compute capability 8.9 (rtx4090), found: no NVIDIA GPU)"
 
@@ -78,6 +87,53 @@ def test_several_gpus_from_one_export(digits: Digits, tmp_path: Path) -> None:
         ("rtx5090", "12.0", "pending"),
     ]
     assert {each["toolchain"]["tensorrt-rtx"] for each in outcome.document["bundles"]} == {"1.7.1.116"}
+
+
+def test_a_build_that_takes_too_long_is_stopped(digits: Digits, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    bundle = tmp_path / "d.cnncc"
+    flags = ("--device", "sm86", "--cache-dir", tmp_path / "cache")
+    outcome = compile_digits(digits, bundle, *flags, "--build-budget", "1e-6", code=5)
+    assert "the builder did not finish within 1e-06 s (--build-budget)" in outcome.stderr
+    assert "try: allow more" in outcome.stderr
+    assert leftovers(tmp_path) == []
+    assert not bundle.exists()
+    compile_digits(digits, bundle, *flags, "--build-budget", "600")
+    again = compile_digits(digits, bundle, *flags)
+    assert "unchanged" in again.stdout, "the budget is no part of the engine"
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_library_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    tensorrt_rtx()
+    made = [convolution(f"c{i}", "x" if i == 0 else f"c{i - 1}.out", 3, (16, 16)) for i in range(LONG)]
+    nodes, weights = [node for node, _ in made], [weight for _, weight in made]
+    model, cache = tmp_path / "m.onnx", tmp_path / "cache"
+    last = f"c{LONG - 1}.out"
+    model.write_bytes(graph_of(nodes, {"x": [1, 16, 8, 8]}, {last: [1, 16, 8, 8]}, weights).serialized)
+    arguments = ("compile", model, "--target", "cuda", "--device", "sm89", "-o", tmp_path / "m.cnncc")
+    process = start(*arguments, "--cache-dir", cache, prefix=DEFAULT_SIGINT)
+    builder = builder_of(psutil.Process(process.pid))
+    time.sleep(1.0)  # into the builder's longest step, of several seconds
+    os.killpg(process.pid, signal.SIGINT)
+    outcome = finish(process, code=130)
+    assert "interrupted" in outcome.stderr
+    psutil.wait_procs([builder], timeout=10)
+    assert not builder.is_running()
+    assert leftovers(tmp_path) == []
+    assert not (tmp_path / "m.cnncc").exists()
+
+
+def builder_of(command: psutil.Process) -> psutil.Process:
+    """Return the child that has loaded the library, as soon as there is one."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(psutil.Error):
+            for child in command.children():
+                if any("libtensorrt_rtx" in mapped.path for mapped in child.memory_maps()):
+                    return child
+        time.sleep(0.02)
+    raise AssertionError("no child loaded the library")
 
 
 def test_int8_is_audited_and_not_weighed(digits: Digits, tmp_path: Path) -> None:
@@ -185,7 +241,16 @@ def test_targets_list_gpus_by_compute_capability() -> None:
         (("--precision", "fp16"), 2, "the llvm target does not compute in fp16"),
         (("--target", "cuda", "--device", "sm89", "--precision", "fp16", "--allow-slow"), 2, "--allow-slow says"),
         (("--target", "cuda", "--device", "sm89", "--precision", "bf16", "--keep", "x"), 2, "--keep says nothing"),
+        (("--target", "cuda", "--device", "sm89", "--version-compatible"), 2, "has no lean runtime"),
+        (("--target", "cuda", "--device", "sm89", "--hardware-compatible", "same"), 2, "changes nothing"),
+        (("--target", "cuda", "--device", "sm89", "--sparse"), 2, "the same engine with --sparse and without"),
+        (("--target", "cuda", "--device", "sm89", "--dla", "0"), 2, "DLA is a part of Jetsons, and sm89 has none"),
+        (("--target", "cuda", "--device", "sm89", "--gpu-fallback"), 2, "--gpu-fallback is for --dla"),
+        (("--target", "cuda", "--device", "sm89", "--strip-weights"), 3, "this machine has no NVIDIA GPU"),
+        (("--target", "cuda", "--device", "sm89", "--refittable"), 3, "this machine has no NVIDIA GPU"),
         (("--backend", "tensorrt-rtx"), 2, "--backend is for --target cuda"),
+        (("--dla", "0"), 2, "--dla is for --target cuda"),
+        (("--build-budget", "9"), 2, "--build-budget is for --target cuda"),
         (("--workspace", "64"), 2, "--workspace is for --target cuda"),
         (("--device", "rtx4090"), 2, "'rtx4090' is a GPU"),
         (("--device", "rtx4091"), 2, "did you mean rtx4090"),

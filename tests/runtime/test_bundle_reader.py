@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cnncc_runtime.bundle import MANIFEST, Bundle, Manifest, read_bundle, write_bundle
+from cnncc_runtime.bundle import MANIFEST, Bundle, EngineRecord, Manifest, TargetRecord, read_bundle, write_bundle
 from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import BundleRefused
 from cnncc_runtime.preprocess import IMAGENET, Preprocessing
 from tests.runtime.engine_files import ENGINE, make_bundle, manifest
 
-HEAD = b'{"schema":"cnncc.bundle/4"'
+HEAD = b'{"schema":"cnncc.bundle/5"'
 
 ANY_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -51,6 +51,18 @@ def refused(folder: Path) -> BundleRefused:
             opened.file(name)
     assert caught.value.exit_code == 4
     return caught.value
+
+
+def test_a_stripped_engine_travels_with_its_weights(tmp_path: Path) -> None:
+    target = TargetRecord("cuda", "a100", "", "", "x86_64", (), "8.0+")
+    record = EngineRecord(ENGINE, "tensorrt", "tensorrt 10.16.1.11+", {0: "profile 0"}, refit="weights.npz", dla=0)
+    (tmp_path / "b").mkdir()
+    files = {ENGINE: ("engine", b"plan"), "weights.npz": ("weights", b"npz"), "golden.npz": ("golden", b"")}
+    found = write_bundle(tmp_path / "b", manifest(target=target, engine=record), files).manifest
+    assert (found.target, found.engine) == (target, record)
+    assert found.target.processor == "sm80+"
+    assert found.engine.roles == {ENGINE: "engine", "weights.npz": "weights"}
+    assert found.engine_bytes == 7
 
 
 def test_what_was_written_is_read(folder: Path) -> None:
@@ -200,6 +212,9 @@ def test_a_name_that_leaves_the_folder_or_cannot_be_one_is_refused(folder: Path,
         ("missing field", lambda plain: plain.pop("labels")),
         ("other schema", lambda plain: plain.update(schema="cnncc.bundle/9")),
         ("engine not listed", lambda plain: plain["engine"].update(file="other.so")),
+        ("weights not listed", lambda plain: plain["engine"].update(refit="weights.npz")),
+        ("weights that are the engine", lambda plain: plain["engine"].update(refit=ENGINE)),
+        ("no compute capability", lambda plain: plain["target"].update(gpu="8.0+x")),
         ("negative size", lambda plain: plain["files"][ENGINE].update(size=-1)),
         ("huge size", lambda plain: plain["files"][ENGINE].update(size=1 << 62)),
         ("size beyond 64 bits", lambda plain: plain["files"][ENGINE].update(size=1 << 70)),

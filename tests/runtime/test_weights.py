@@ -155,7 +155,7 @@ def test_a_bundle_of_the_former_format_is_refused_with_the_way_out(bundle: Make)
     plain["schema"] = "cnncc.bundle/1"
     del plain["engine"]["weights"]
     (path / MANIFEST).write_bytes(canonical_json(plain))
-    with pytest.raises(BundleRefused, match=r"schema is 'cnncc.bundle/1', this cnncc reads 'cnncc.bundle/4'") as caught:
+    with pytest.raises(BundleRefused, match=r"schema is 'cnncc.bundle/1', this cnncc reads 'cnncc.bundle/5'") as caught:
         read_bundle(path)
     assert "build the bundle again" in caught.value.hint
 

@@ -1,24 +1,26 @@
-"""A graph → a plan: the builder's configuration, the build, and what failed in it in the user's names."""
+"""A graph → a plan: the build as a whole, and what failed in it in the user's names."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cnncc.graph.names import node_label, place
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions
+from cnncc.targets.cuda.config import configure
+from cnncc.targets.cuda.dla import check_dla
 from cnncc.targets.cuda.hearing import monitor_of
 from cnncc.targets.cuda.layers import layer_records
 from cnncc.targets.cuda.parse import Parsed, parse
+from cnncc.targets.cuda.sparse import tell_sparse
+from cnncc.targets.cuda.timing_cache import kept_timings, timings_file
 from cnncc.targets.cuda.vendors import Chosen, load
-from cnncc.targets.devices.gpus import architecture
+from cnncc.targets.cuda.weights import WEIGHTS, check_weights, write_weights
 from cnncc_runtime.bundle import LayerRecord
-from cnncc_runtime.errors import BuildFailed, TargetUnavailable
+from cnncc_runtime.errors import BuildFailed
 
-_MIB = 1 << 20
 _SHOWN = 10
 
 
@@ -47,60 +49,39 @@ def compile_graph(
         gpu: Compute capability.
         chosen: The library.
         options: As the target takes them.
-        plan: The file to write, as the library's own tools read it.
+        plan: The file to write, as the library's own tools read it; `WEIGHTS` lies beside it where it holds none.
 
     Raises:
         UnsupportedGraph: Lists every refused node.
+        UsageError: An option has nothing to act on in this graph.
         TargetUnavailable: The library does not load, or not for this GPU.
-        BuildFailed: The builder broke.
+        BuildFailed: The builder broke, or took longer than it may.
     """
+    if options.gpu.sparse:
+        tell_sparse(graph, options.note)
     options.progress("load", 0.0)
     trt = load(chosen.vendor)
     options.progress("parse", 0.0)
     parsed = parse(graph, trt, chosen)
-    config = _configure(parsed, trt, gpu, chosen, options)
-    if batches:
-        config.add_optimization_profile(_profile(parsed, batches))
-    config.progress_monitor = monitor = monitor_of(trt, options.progress)
-    built = parsed.builder.build_serialized_network(parsed.network, config)
-    if monitor.failure is not None:
-        raise monitor.failure
-    if built is None:
-        raise _failure(graph, parsed, chosen)
-    options.progress("read the plan", 1.0)
-    data = bytes(built)
-    plan.write_bytes(data)
+    config = configure(parsed, trt, batches, gpu, chosen, options)
+    if options.gpu.dla is not None:
+        check_dla(graph, parsed, trt, config, options.gpu)
     version = str(trt.__version__)
     made = Chosen(chosen.vendor, version)
+    config.progress_monitor = monitor = monitor_of(trt, options.progress, options.gpu.budget)
+    with kept_timings(config, timings_file(options.timings, made, gpu), options.note):
+        built = parsed.builder.build_serialized_network(parsed.network, config)
+        if monitor.failure is not None:
+            raise monitor.failure
+        if built is None:
+            raise _failure(graph, parsed, chosen)
+    options.progress("read the plan", 1.0)
+    data = bytes(built)
+    if options.gpu.strip_weights:
+        check_weights(graph, trt, parsed.logger, data, options.note)
+        write_weights(graph, plan.with_name(WEIGHTS))
+    plan.write_bytes(data)
     return Compiled(version, layer_records(graph, data, made, parsed.names))
-
-
-def _configure(parsed: Parsed, trt: Any, gpu: str, chosen: Chosen, options: BuildOptions) -> Any:
-    config = parsed.builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers' names and types, for the audit
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: it multiplies float32 with 10 bits of its 23
-    if options.gpu.level is not None:
-        config.builder_optimization_level = options.gpu.level
-    if options.gpu.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.gpu.workspace * _MIB)
-    if chosen.vendor.portable:
-        capability = getattr(trt.ComputeCapability, architecture(gpu).upper(), None)
-        if capability is None:
-            raise TargetUnavailable(f"{chosen} does not build for compute capability {gpu}", hint=chosen.vendor.install)
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(capability, 0)
-    return config
-
-
-def _profile(parsed: Parsed, batches: tuple[int, ...]) -> Any:
-    """Return the range of shapes that the plan takes."""
-    profile = parsed.builder.create_optimization_profile()
-    sizes = (min(batches), batches[0], max(batches))
-    for index in range(parsed.network.num_inputs):
-        tensor = parsed.network.get_input(index)
-        if -1 in tensor.shape:
-            profile.set_shape(tensor.name, *([size if dim == -1 else dim for dim in tensor.shape] for size in sizes))
-    return profile
 
 
 def _failure(graph: OnnxGraph, parsed: Parsed, chosen: Chosen) -> BuildFailed:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from cnncc.targets.base import Progress
+from cnncc.targets.base import Progress, budget_spent
 
 
-def monitor_of(trt: Any, progress: Progress) -> Any:
-    """Return a monitor that tells how far a build is; its ``failure`` is what ``progress`` raised, which stops it.
+def monitor_of(trt: Any, progress: Progress, budget: float | None = None) -> Any:
+    """Return a monitor that tells how far a build is.
+
+    Its ``failure`` is why it stops the build: what ``progress`` raised, or that the budget is spent. The builder asks
+    after each step, and some steps take long.
 
     Args:
         trt: The library's module.
         progress: Told of it.
+        budget: Seconds from now on; None for no end.
     """
+    start = time.monotonic()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -41,6 +47,9 @@ def monitor_of(trt: Any, progress: Progress) -> Any:
                 progress(f"build: {phase[:1].lower()}{phase[1:]}", self._phases.fraction)
             except BaseException as exc:  # an exception cannot pass through the builder's own code
                 self.failure = exc
+                return
+            if budget is not None and time.monotonic() > start + budget:
+                self.failure = budget_spent(budget)
 
     return Monitor()
 

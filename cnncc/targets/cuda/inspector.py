@@ -83,6 +83,7 @@ def layers_of(
 def inspect(trt: Any, plan: bytes) -> str:
     """Return what the inspector says of a plan, as JSON; empty where this machine's GPU cannot open it."""
     runtime = trt.Runtime(logger_of(trt))
+    runtime.engine_host_code_allowed = True  # what version-compatible plans bring along; this one was built here
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return ""
@@ -110,22 +111,22 @@ def inspected(graph: OnnxGraph, text: str, names: Mapping[str, str]) -> tuple[La
     """
     nodes = {node_label(node): node for node in graph.nodes}
     products = {label for label, node in nodes.items() if node.op_type in MULTIPLIES}
-    layers = [(layer, _labels(layer, names, nodes)) for layer in _layers(text)]
-    multiplied = {label for layer, own in layers if _multiplies(layer) for label in own if label in products}
+    layers = [(entry, _labels(entry, names, nodes)) for entry in _layers(text)]
+    multiplied = {label for entry, own in layers if _multiplies(entry) for label in own if label in products}
     records = []
-    for layer, named in layers:
+    for entry, named in layers:
         # scales and biases behind a product name it too
-        own = named if _multiplies(layer) else tuple(label for label in named if label not in multiplied)
+        own = named if _multiplies(entry) else tuple(label for label in named if label not in multiplied)
         if not own:
             continue
         records.append(
             LayerRecord(
-                kernel=str(layer.get("Name", "")),
+                kernel=str(entry.get("Name", "")),
                 modules=tuple(dict.fromkeys(module_path(nodes[label]) for label in own)),
                 nodes=own,
                 ops=tuple(nodes[label].op_type for label in own),
-                precision=_product(layer) if products.intersection(own) else _computed(layer),
-                schedule=str(layer.get("LayerType", "")),
+                precision=_product(entry) if products.intersection(own) else _computed(entry),
+                schedule=str(entry.get("LayerType", "")),
             )
         )
     return tuple(records)
@@ -137,28 +138,28 @@ def _layers(text: str) -> list[dict[str, Any]]:
     except json.JSONDecodeError:
         return []
     layers = found.get("Layers", []) if isinstance(found, dict) else []
-    return [layer for layer in layers if isinstance(layer, dict)]  # a layer without details is its name
+    return [entry for entry in layers if isinstance(entry, dict)]  # a layer without details is its name
 
 
-def _labels(layer: Mapping[str, Any], names: Mapping[str, str], nodes: Mapping[str, Any]) -> tuple[str, ...]:
+def _labels(entry: Mapping[str, Any], names: Mapping[str, str], nodes: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the graph's nodes that a layer computes: by its metadata, or by its name where it has none."""
-    found = _NODE.findall(str(layer.get("Metadata", ""))) or str(layer.get("Name", "")).split(" + ")
+    found = _NODE.findall(str(entry.get("Metadata", ""))) or str(entry.get("Name", "")).split(" + ")
     return tuple(dict.fromkeys(label for name in found if (label := names.get(name, name)) in nodes))
 
 
-def _multiplies(layer: Mapping[str, Any]) -> bool:
-    return any(_PRODUCT.search(str(layer.get(key, ""))) for key in ("LayerType", "ParameterType"))
+def _multiplies(entry: Mapping[str, Any]) -> bool:
+    return any(_PRODUCT.search(str(entry.get(key, ""))) for key in ("LayerType", "ParameterType"))
 
 
-def _product(layer: Mapping[str, Any]) -> str:
+def _product(entry: Mapping[str, Any]) -> str:
     """Return the type that a layer multiplies, both where its operands differ; unknown where it does not say."""
-    if tactic := _TACTIC.search(str(layer.get("TacticName", ""))):
+    if tactic := _TACTIC.search(str(entry.get("TacticName", ""))):
         return _STORED[tactic[1]]
-    if not _multiplies(layer):
+    if not _multiplies(entry):
         return UNKNOWN
-    read = [_type(tensor) for tensor in _tensors(layer, "Inputs")]
-    weights = next((layer[key] for key in ("Weights", "ConvWeights") if isinstance(layer.get(key), dict)), None)
-    constants = _tensors(layer, "Constants")  # of TensorRT 11's compiler: weights, scales, biases
+    read = [_type(tensor) for tensor in _tensors(entry, "Inputs")]
+    weights = next((entry[key] for key in ("Weights", "ConvWeights") if isinstance(entry.get(key), dict)), None)
+    constants = _tensors(entry, "Constants")  # of TensorRT 11's compiler: weights, scales, biases
     if weights is not None:  # further inputs are residuals
         read = [*read[:1], _word(str(weights.get("Type", "")))]
     elif constants:
@@ -167,14 +168,14 @@ def _product(layer: Mapping[str, Any]) -> str:
     return "×".join(dict.fromkeys(read[:2])) if known else UNKNOWN
 
 
-def _computed(layer: Mapping[str, Any]) -> str:
+def _computed(entry: Mapping[str, Any]) -> str:
     """Return the type that any other layer computes in: the widest floating type that it reads."""
-    read = [_type(tensor) for tensor in _tensors(layer, "Inputs")]
+    read = [_type(tensor) for tensor in _tensors(entry, "Inputs")]
     return next((kind for kind in _WIDTH if kind in read), next(iter(read), UNKNOWN))
 
 
-def _tensors(layer: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    return [tensor for tensor in layer.get(key) or () if isinstance(tensor, dict)]
+def _tensors(entry: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    return [tensor for tensor in entry.get(key) or () if isinstance(tensor, dict)]
 
 
 def _size(entry: Mapping[str, Any]) -> int:

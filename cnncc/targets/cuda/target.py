@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnncc.targets.base import Availability, BuildOptions, Engine, NodeIssue, Preflight, Profile
+from cnncc.targets.cuda.options import AMPERE, AMPERE_PLUS, check_options
 from cnncc.targets.cuda.vendors import AUTO, BACKENDS, VENDORS, Chosen, choose, installed, load, vendor_of
 from cnncc.targets.devices import HOST, host_machine
 from cnncc.targets.entries import batch_sizes
@@ -67,7 +68,8 @@ class CudaTarget:
         """Refuse what cannot be built here, or say which library builds it; see `cnncc.targets.base.Preflighting`.
 
         Raises:
-            UsageError: The device or the backend is none of this target's, or one is not for the other.
+            UsageError: The device or the backend is none of this target's, one is not for the other, or an option is
+                for neither.
             TargetUnavailable: No library is here that builds for the device.
         """
         chosen = self._choose(options)
@@ -111,12 +113,18 @@ class CudaTarget:
         payload = workdir / ENGINE
         with _failures(chosen):
             from cnncc.targets.cuda.compile import compile_graph
+            from cnncc.targets.cuda.weights import WEIGHTS
 
             compiled = compile_graph(graph, batches, profile.gpu, chosen, options, payload)
-        backend = chosen.vendor.backend
+        backend, asked = chosen.vendor.backend, options.gpu
+        gpu = AMPERE_PLUS if asked.hardware == AMPERE else profile.gpu
+        newer = "+" if asked.version_compatible else ""
+        refit = WEIGHTS if asked.strip_weights else ""
         return Engine(
-            target=TargetRecord(self.name, profile.name, "", "", host_machine(), (), profile.gpu),
-            record=EngineRecord(ENGINE, backend, f"{backend} {compiled.version}", _entries(batches)),
+            target=TargetRecord(self.name, profile.name, "", "", host_machine(), (), gpu),
+            record=EngineRecord(
+                ENGINE, backend, f"{backend} {compiled.version}{newer}", _entries(batches), refit=refit, dla=asked.dla
+            ),
             payload=payload,
             toolchain={backend: compiled.version},
             layers=compiled.layers,
@@ -130,7 +138,10 @@ class CudaTarget:
         found = installed()
         if not found and options.profile.name == HOST:  # which GPU that is, matters to whoever can build for one
             raise TargetUnavailable(_NOTHING, hint=VENDORS[-1].install)
-        return choose(wanted, _named(options.profile), found, [gpu.capability for gpu in host_gpus()])
+        device, here = _named(options.profile), [gpu.capability for gpu in host_gpus()]
+        chosen = choose(wanted, device, found, here)
+        check_options(options, chosen, device, here)
+        return chosen
 
 
 def _entries(batches: tuple[int, ...]) -> dict[int, str]:

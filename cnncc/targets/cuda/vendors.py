@@ -34,6 +34,7 @@ class Vendor:
             of this machine and needs it.
         jetpack: Whether it serves Jetsons.
         reproducible: Whether the same inputs give the same bytes: what times kernels while it builds does not.
+        heeds: What it heeds of `GpuOptions` besides what all libraries do.
         install: The command that installs it.
     """
 
@@ -45,6 +46,7 @@ class Vendor:
     capabilities: tuple[str, ...]
     jetpack: bool
     reproducible: bool
+    heeds: frozenset[str]
     install: str
 
     @property
@@ -53,11 +55,18 @@ class Vendor:
         return bool(self.capabilities)
 
 
+_COMPATIBLE = frozenset({"version_compatible", "hardware"})
 _TENSORRT_NAMES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 VENDORS = (
-    Vendor(TENSORRT, "TensorRT", "tensorrt", 10, _TENSORRT_NAMES, (), True, False, "pip install 'tensorrt==10.*'"),
-    Vendor(TENSORRT, "TensorRT", "tensorrt", 11, _TENSORRT_NAMES, (), False, False, "pip install tensorrt"),
+    Vendor(
+        TENSORRT, "TensorRT", "tensorrt", 10, _TENSORRT_NAMES, (), jetpack=True, reproducible=False,
+        heeds=_COMPATIBLE | {"sparse", "dla"}, install="pip install 'tensorrt==10.*'",
+    ),
+    Vendor(
+        TENSORRT, "TensorRT", "tensorrt", 11, _TENSORRT_NAMES, (), jetpack=False, reproducible=False,
+        heeds=_COMPATIBLE | {"sparse"}, install="pip install tensorrt",
+    ),
     Vendor(
         RTX,
         "TensorRT-RTX",
@@ -67,11 +76,13 @@ VENDORS = (
         ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
         jetpack=False,
         reproducible=True,
+        heeds=frozenset(),
         install="pip install tensorrt-rtx-cu13==1.7.1.116",
     ),
-)
+)  # fmt: skip
 """TensorRT 11 has no weak typing and no DLA; what is used here of 10 and 11 is the same. Only TensorRT-RTX takes the
-compute capability to build for (``IBuilderConfig.set_compute_capability``)."""
+compute capability to build for (``IBuilderConfig.set_compute_capability``). It has the others' flags, too, and
+heeds none of them: 1.7.1 writes the same bytes, and has no lean runtime to put into an engine."""
 
 BACKENDS = tuple(dict.fromkeys(vendor.backend for vendor in VENDORS))
 

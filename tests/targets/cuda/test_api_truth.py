@@ -21,15 +21,34 @@ SHARED: dict[str, dict[str, str | None]] = {
         "create_builder_config": "",
         "create_optimization_profile": "",
         "build_serialized_network": "network, config",
+        "num_DLA_cores": None,
     },
-    "BuilderFlag": {"TF32": None},
+    "BuilderFlag": {
+        "GPU_FALLBACK": None,
+        "REFIT": None,
+        "REFIT_IDENTICAL": None,
+        "SPARSE_WEIGHTS": None,
+        "STRIP_PLAN": None,
+        "TF32": None,
+        "VERSION_COMPATIBLE": None,
+    },
+    "DeviceType": {"DLA": None},
+    "HardwareCompatibilityLevel": {"AMPERE_PLUS": None, "SAME_COMPUTE_CAPABILITY": None},
     "IBuilderConfig": {
+        "DLA_core": None,
         "add_optimization_profile": "profile",
         "builder_optimization_level": None,
+        "can_run_on_DLA": "layer",
         "clear_flag": "flag",
+        "create_timing_cache": "serialized_timing_cache",
+        "default_device_type": None,
+        "get_timing_cache": "",
+        "hardware_compatibility_level": None,
         "profiling_verbosity": None,
         "progress_monitor": None,
+        "set_flag": "flag",
         "set_memory_pool_limit": "pool, pool_size",
+        "set_timing_cache": "cache, ignore_mismatch",
     },
     "EngineInspector": {"execution_context": None, "get_engine_information": "format"},
     "ICudaEngine": {
@@ -42,8 +61,9 @@ SHARED: dict[str, dict[str, str | None]] = {
         "num_io_tensors": None,
     },
     "IExecutionContext": {"set_input_shape": "name, shape"},
+    "ILayer": {"metadata": None, "name": None, "type": None},
     "ILogger": {"ERROR": None, "INTERNAL_ERROR": None, "WARNING": None, "log": "severity, msg"},
-    "INetworkDefinition": {"get_input": "index", "num_inputs": None},
+    "INetworkDefinition": {"get_input": "index", "get_layer": "index", "num_inputs": None, "num_layers": None},
     "IOptimizationProfile": {"set_shape": "input, min, opt, max"},
     "IProgressMonitor": {
         "phase_start": "phase_name, parent_phase, num_steps",
@@ -52,6 +72,8 @@ SHARED: dict[str, dict[str, str | None]] = {
     },
     "ITensor": {"name": None, "shape": None},
     "LayerInformationFormat": {"JSON": None},
+    "ITimingCache": {"serialize": ""},
+    "LayerType": {"CONSTANT": None},
     "MemoryPoolType": {"WORKSPACE": None},
     "NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": None},
     "OnnxParser": {
@@ -63,8 +85,9 @@ SHARED: dict[str, dict[str, str | None]] = {
     },
     "ParserError": {"desc": "", "node": "", "node_name": ""},
     "ProfilingVerbosity": {"DETAILED": None},
-    "Runtime": {"__init__": "logger", "deserialize_cuda_engine": "serialized_engine"},
     "TensorIOMode": {"INPUT": None},
+    "Refitter": {"__init__": "engine, logger", "get_all_weights": ""},
+    "Runtime": {"__init__": "logger", "deserialize_cuda_engine": None, "engine_host_code_allowed": None},
 }
 """Class → member → parameters; None for what is no function."""
 
@@ -118,5 +141,7 @@ def test_the_table_above_lists_all_that_the_source_names() -> None:
                 "parser",
                 "tensor",
                 "error",
+                "layer",
+                "cache",
             ):
                 assert node.attr in members or owner.id == "error", f"{path.name}: {owner.id}.{node.attr}"

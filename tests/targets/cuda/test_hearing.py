@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from cnncc.targets.cuda.hearing import Phases
+from cnncc.targets.cuda.hearing import Phases, monitor_of
 from cnncc.targets.cuda.parse import readable
+from cnncc_runtime.errors import BuildFailed
+from tests.calibration.rtx import tensorrt_rtx
 
 
 def test_a_phase_inside_another_is_part_of_its_current_step() -> None:
@@ -37,3 +39,11 @@ def test_conditions_of_the_parsers_source_are_left_out() -> None:
     assert readable("Assertion failed: a && b == C::kV3: the plugin was not found.") == "the plugin was not found"
     assert readable("Assertion failed: onlyCondition()") == "Assertion failed: onlyCondition()"
     assert readable("No importer registered for op: DFT.") == "No importer registered for op: DFT"
+
+
+def test_a_budget_stops_the_build_at_its_next_step() -> None:
+    monitor = monitor_of(tensorrt_rtx(), lambda _what, _fraction: None, 1e-9)
+    monitor.phase_start("Building", None, 4)
+    assert monitor.step_complete("Building", 0) is False
+    assert isinstance(monitor.failure, BuildFailed)
+    assert "did not finish within 1e-09 s (--build-budget)" in str(monitor.failure)
