@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import stat
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,91 @@ def test_pytorch_that_finds_no_gpu_is_refused() -> None:
     with pytest.raises(TargetUnavailable, match="finds no GPU") as caught:
         TorchCudaAdapter({}).load()
     assert "CNNCC_BENCH_PYTHON_TORCH_CUDA" in caught.value.hint
+
+
+class Event:
+    """A CUDA event by the host's clock."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.time - self.time) * 1e3
+
+
+class Network(torch.nn.Module):
+    """A convolution with an input beside the image, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, image: torch.Tensor, steps: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = torch.relu(self.conv(image))
+        return {"sum": hidden.mean((2, 3)), "steps": steps + 1}
+
+
+class TestPyTorch:
+    """The adapter on the CPU: its GPU is stood in for, all else is PyTorch's own."""
+
+    @pytest.fixture
+    def adapter_of(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TorchCudaAdapter]]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = (
+            products.allow_tf32,
+            cudnn.allow_tf32,
+            cudnn.benchmark,
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+        )
+        products.allow_tf32 = cudnn.allow_tf32 = True
+
+        def make(**options: str) -> TorchCudaAdapter:
+            adapter = TorchCudaAdapter(options)
+            assert adapter._device == "cuda:0"
+            adapter._device = "cpu"
+            return adapter
+
+        yield make
+        products.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, grad, threads = before
+        torch.set_grad_enabled(grad)
+        torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize(("precision", "error"), [("", 1e-6), ("fp16", 2e-3), ("bf16", 2e-2)])
+    def test_computes_what_the_module_computes_in_the_type_that_is_asked(
+        self, adapter_of: Callable[..., TorchCudaAdapter], precision: str, error: float, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(0)
+        network = Network().eval()
+        image, steps = torch.randn(2, 3, 8, 8), torch.arange(3)
+        torch.export.save(torch.export.export(network, (image, steps)), tmp_path / "m.pt2")
+        adapter = adapter_of(precision=precision)
+        assert adapter.load() == torch.__version__
+        expected = network(image, steps)
+        adapter.open(tmp_path / "m.pt2", 1)
+        adapter.bind(["image", "steps"], [image.numpy(), steps.numpy()])
+        found, counted = adapter.outputs()
+        times = adapter.device_times(3)
+        assert (found.dtype, counted.tolist()) == (np.float32, [1, 2, 3])
+        wanted = expected["sum"].detach().numpy()
+        distance = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert distance < error
+        assert (distance > 1e-5) == bool(precision), "it computes in the type that it says"
+        assert len(times) == 3
+        assert adapter.note in ("", "channels last")
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(
