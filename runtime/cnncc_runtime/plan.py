@@ -17,6 +17,7 @@ from cnncc_runtime.errors import BundleRefused, RunFailed
 from cnncc_runtime.gpu import HostGpu
 from cnncc_runtime.jit_cache import JitCache
 from cnncc_runtime.plan_library import COMPATIBLE, RTX, Installed, logger_of
+from cnncc_runtime.plan_weights import refit
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
 
 _CUDA_FAILED = re.compile(r"Error Code \d+: Cuda")
@@ -66,16 +67,21 @@ class Plan:
         cuda_graph: bool,
     ) -> None:
         manifest = bundle.manifest
-        self._trt = library.load()
+        self._trt = library.library.load()
         self._device = device
         self._logger = logger_of(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
         if manifest.engine.abi.endswith(COMPATIBLE):
             self._runtime.engine_host_code_allowed = True  # such a plan brings the runtime of its version with it
+        if manifest.engine.dla is not None:
+            self._runtime.DLA_core = manifest.engine.dla
         self._engine = self._runtime.deserialize_cuda_engine(file.read())
         if self._engine is None:
             raise self._refused(library, str(bundle.path / manifest.engine.file))
         self._check(manifest)
+        if manifest.engine.refit:
+            with bundle.open(manifest.engine.refit) as weights:
+                refit(self._trt, self._engine, self._logger, weights)
         self._jit: JitCache | None = None
         self._compiled: Any = None
         self._config: Any = None

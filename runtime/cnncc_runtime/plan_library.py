@@ -57,9 +57,24 @@ class PlanLibrary:
             cuda = _CUDA.search(name)
             return Installed(self, found, int(cuda[1]) if cuda else 0)
         try:
-            return Installed(self, str(importlib.import_module(self.module).__version__))
-        except Exception:  # a broken installation raises what it likes: it opens nothing
+            return Installed(self, str(self.load().__version__))
+        except (TargetUnavailable, AttributeError):  # a broken installation opens nothing
             return None
+
+    def load(self, hint: str = "install it again") -> Any:
+        """Import it.
+
+        Args:
+            hint: What to do where it does not load.
+
+        Raises:
+            TargetUnavailable: It does not load.
+        """
+        try:
+            return importlib.import_module(self.module)
+        except Exception as exc:  # a broken installation raises OSError, ImportError, RuntimeError or what it likes
+            reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+            raise TargetUnavailable(f"{self.title} does not load: {reason}", hint=hint) from exc
 
 
 @dataclass(frozen=True)
@@ -80,29 +95,19 @@ class Installed:
         """Return ``TensorRT-RTX 1.7.1.116``."""
         return f"{self.library.title} {self.version}"
 
-    def load(self) -> Any:
-        """Import it.
-
-        Raises:
-            TargetUnavailable: It does not load.
-        """
-        try:
-            return importlib.import_module(self.library.module)
-        except Exception as exc:  # a broken installation raises OSError, ImportError, RuntimeError or what it likes
-            reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-            raise TargetUnavailable(f"{self} does not load: {reason}", hint="install it again") from exc
-
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 
-LIBRARIES = (
-    PlanLibrary(TENSORRT, "TensorRT", "tensorrt", ("tensorrt-cu13", "tensorrt-cu12", "tensorrt")),
-    PlanLibrary(
-        TENSORRT, "TensorRT's lean runtime", "tensorrt_lean",
-        ("tensorrt-lean-cu13", "tensorrt-lean-cu12", "tensorrt-lean"), compatible=True,
-    ),
-    PlanLibrary(RTX, "TensorRT-RTX", "tensorrt_rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")),
-)  # fmt: skip
+
+def _names(stem: str) -> tuple[str, ...]:
+    return (f"{stem}-cu13", f"{stem}-cu12", stem)  # those that say which CUDA first
+
+
+FULL = PlanLibrary(TENSORRT, "TensorRT", "tensorrt", _names("tensorrt"))
+LEAN = PlanLibrary(TENSORRT, "TensorRT's lean runtime", "tensorrt_lean", _names("tensorrt-lean"), compatible=True)
+PORTABLE = PlanLibrary(RTX, "TensorRT-RTX", "tensorrt_rtx", _names("tensorrt-rtx"))
+
+LIBRARIES = (FULL, LEAN, PORTABLE)
 """Those of one format in the order in which they are taken."""
 
 PLANS = tuple(dict.fromkeys(library.format for library in LIBRARIES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import logging
 import os
 import threading
@@ -287,6 +288,45 @@ def test_outputs_of_another_size_are_refused_before_they_are_written(bundle: Mak
         pytest.raises(RunFailed, match=r"output 'y' is \[2, 4\], the manifest says \[2, 3\]"),
     ):
         session.run(feeds())
+
+
+@pytest.fixture
+def stripped(bundle: Make, tmp_path: Path) -> Make:
+    """Make a bundle whose engine lacks its weights; they lie beside it: ``stripped(w=…)``."""
+
+    def make(**weights: Any) -> Path:
+        source = bundle()
+        manifest = read_bundle(source).manifest
+        folder = tmp_path / "stripped.cnncc"
+        folder.mkdir()
+        content = io.BytesIO()
+        np.savez(content, **weights)
+        files: dict[str, tuple[str, Path | bytes]] = {
+            PLAN: ("engine", plan(2).replace(WEIGHT.tobytes(), bytes(WEIGHT.nbytes))),
+            "weights.npz": ("weights", content.getvalue()),
+        }
+        write_bundle(folder, replace(manifest, engine=replace(manifest.engine, refit="weights.npz")), files)
+        return folder
+
+    return make
+
+
+def test_a_stripped_engine_is_given_its_weights(stripped: Make) -> None:
+    with cnncc_runtime.open(stripped(w=WEIGHT, surplus=WEIGHT)) as session:
+        check(session.run(feeds()), feeds())
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"v": WEIGHT}, "the engine asks for 1 weights that its file lacks"),
+        ({"w": WEIGHT[:5]}, "the engine's weights 'w' have 96 bytes, its file has 80"),
+        ({"w": np.array([{}], object)}, "the engine's weights cannot be read: "),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(stripped: Make, weights: dict[str, Any], said: str) -> None:
+    with pytest.raises(BundleRefused, match=said):
+        cnncc_runtime.open(stripped(**weights))
 
 
 def test_a_cuda_graph_is_for_gpus(bundle: Make) -> None:

@@ -46,7 +46,9 @@ def configure(
         config.default_device_type = trt.DeviceType.DLA
         config.DLA_core = options.gpu.dla
     if chosen.vendor.portable:
-        capability = getattr(trt.ComputeCapability, architecture(gpu).upper(), None)
+        # a GPU that is none of the table's is this machine's own (`choose`): the library says whether it builds for it
+        name = architecture(gpu).upper() if gpu in chosen.vendor.capabilities else "CURRENT"
+        capability = getattr(trt.ComputeCapability, name, None)
         if capability is None:
             raise TargetUnavailable(f"{chosen} does not build for compute capability {gpu}", hint=chosen.vendor.install)
         config.num_compute_capabilities = 1

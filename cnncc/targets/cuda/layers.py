@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 
 from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.targets.cuda.vendors import RTX, Chosen
+from cnncc.targets.cuda.vendors import Chosen
 from cnncc_runtime.bundle import LayerRecord
+from cnncc_runtime.plan_library import RTX
 
 KNOWN = {RTX: frozenset({"1.7.1.116"})}
 """Backend → versions whose listing is read."""

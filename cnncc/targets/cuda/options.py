@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from cnncc.targets.base import BuildOptions, GpuOptions, Profile
-from cnncc.targets.cuda.vendors import TENSORRT, Chosen
+from cnncc.targets.cuda.vendors import Chosen
 from cnncc.targets.devices.gpus import ORIN
 from cnncc_runtime.errors import TargetUnavailable, UsageError
+from cnncc_runtime.plan_library import TENSORRT
 
 AMPERE, SAME = "ampere+", "same"
 AMPERE_PLUS = "8.0+"

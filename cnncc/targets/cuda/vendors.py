@@ -6,18 +6,16 @@ the ONNX parser. A test holds what is used of it against the bindings of each.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cnncc.targets.base import Profile
 from cnncc.targets.devices.gpus import ORIN
 from cnncc_runtime.errors import CnnccError, TargetUnavailable, UsageError
+from cnncc_runtime.plan_library import FULL, PORTABLE, RTX, PlanLibrary
 
-AUTO, TENSORRT, RTX = "auto", "tensorrt", "tensorrt-rtx"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,8 @@ class Vendor:
     """One library.
 
     Attributes:
-        backend: As ``--backend`` takes it, and the format of its engines.
-        title: As messages call it.
-        module: Python module.
+        library: What it is, to import and to open its engines by.
         major: Its major version.
-        distributions: Names it is installed by, in the order in which they are asked for its version.
         capabilities: Compute capabilities that it builds for, whatever GPU is here; empty where it builds for the GPU
             of this machine and needs it.
         jetpack: Whether it serves Jetsons.
@@ -38,16 +33,23 @@ class Vendor:
         install: The command that installs it.
     """
 
-    backend: str
-    title: str
-    module: str
+    library: PlanLibrary
     major: int
-    distributions: tuple[str, ...]
     capabilities: tuple[str, ...]
     jetpack: bool
     reproducible: bool
     heeds: frozenset[str]
     install: str
+
+    @property
+    def backend(self) -> str:
+        """As ``--backend`` takes it, and the format of its engines."""
+        return self.library.format
+
+    @property
+    def title(self) -> str:
+        """As messages call it."""
+        return self.library.title
 
     @property
     def portable(self) -> bool:
@@ -56,23 +58,19 @@ class Vendor:
 
 
 _COMPATIBLE = frozenset({"version_compatible", "hardware"})
-_TENSORRT_NAMES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 VENDORS = (
     Vendor(
-        TENSORRT, "TensorRT", "tensorrt", 10, _TENSORRT_NAMES, (), jetpack=True, reproducible=False,
+        FULL, 10, (), jetpack=True, reproducible=False,
         heeds=_COMPATIBLE | {"sparse", "dla"}, install="pip install 'tensorrt==10.*'",
     ),
     Vendor(
-        TENSORRT, "TensorRT", "tensorrt", 11, _TENSORRT_NAMES, (), jetpack=False, reproducible=False,
+        FULL, 11, (), jetpack=False, reproducible=False,
         heeds=_COMPATIBLE | {"sparse"}, install="pip install tensorrt",
     ),
     Vendor(
-        RTX,
-        "TensorRT-RTX",
-        "tensorrt_rtx",
+        PORTABLE,
         1,
-        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
         ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
         jetpack=False,
         reproducible=True,
@@ -94,7 +92,7 @@ class Chosen:
     Attributes:
         vendor: Which.
         version: Of the installed library.
-        why: Why this one, in a sentence; empty where it was asked for.
+        why: Why this one, or what is odd about it, in a sentence; empty where it was asked for.
     """
 
     vendor: Vendor
@@ -111,12 +109,8 @@ def installed() -> dict[str, str]:
 
     Versions that only the library itself knows (Debian packages without metadata) are found by importing it.
     """
-    found = {}
-    for backend in BACKENDS:
-        [first, *_] = [vendor for vendor in VENDORS if vendor.backend == backend]
-        if importlib.util.find_spec(first.module) is not None and (version_ := _version(first)):
-            found[backend] = version_
-    return found
+    libraries = dict.fromkeys(vendor.library for vendor in VENDORS)
+    return {library.format: found.version for library in libraries if (found := library.installed())}
 
 
 def vendor_of(backend: str, version_: str) -> Vendor | None:
@@ -125,7 +119,7 @@ def vendor_of(backend: str, version_: str) -> Vendor | None:
     return next((vendor for vendor in VENDORS if (vendor.backend, vendor.major) == (backend, major)), None)
 
 
-def choose(wanted: str, device: Profile, found: Mapping[str, str], here: Collection[str]) -> Chosen:
+def choose(wanted: str, device: Profile, found: Mapping[str, str], here: Sequence[str]) -> Chosen:
     """Return the library that builds an engine.
 
     Where both can, TensorRT is taken: it times its kernels on the GPU that the engine is for.
@@ -134,7 +128,7 @@ def choose(wanted: str, device: Profile, found: Mapping[str, str], here: Collect
         wanted: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
         device: Its compute capability is known.
         found: As `installed` returns it.
-        here: Compute capabilities of this machine's GPUs.
+        here: Compute capabilities of this machine's GPUs, in CUDA's order: the first one is built on.
 
     Raises:
         UsageError: The backend that was asked for never builds for the device.
@@ -150,7 +144,7 @@ def choose(wanted: str, device: Profile, found: Mapping[str, str], here: Collect
         judged = _judge(backend, device, found, here)
         if isinstance(judged, Chosen):
             why = reasons[0].message if reasons else f"it times its kernels on this machine's GPU ({device.gpu})"
-            return Chosen(judged.vendor, judged.version, why)
+            return replace(judged, why=judged.why or why)
         reasons.append(judged)
     able = [reason for reason in reasons if not isinstance(reason, UsageError)]
     raise TargetUnavailable(
@@ -161,7 +155,7 @@ def choose(wanted: str, device: Profile, found: Mapping[str, str], here: Collect
 
 
 def _judge(
-    backend: str, device: Profile, found: Mapping[str, str], here: Collection[str]
+    backend: str, device: Profile, found: Mapping[str, str], here: Sequence[str]
 ) -> Chosen | UsageError | TargetUnavailable:
     """Return the library of a backend, or why it does not build for a device here."""
     version_ = found.get(backend)
@@ -171,11 +165,17 @@ def _judge(
     if vendor is None:
         known = " or ".join(f"{each.title} {each.major}" for each in of_backend)
         return TargetUnavailable(f"{newest.title} {version_} is installed, cnncc knows {known}", hint=newest.install)
-    if vendor.portable and device.gpu not in vendor.capabilities:
+    first = here[0] if here else ""
+    if vendor.portable and device.gpu not in vendor.capabilities and device.gpu != first:
         return UsageError(
             f"{vendor.title} builds for the compute capabilities {', '.join(vendor.capabilities)}; "
             f"{device.name} has {device.gpu}",
             hint="build on the device itself, with TensorRT: --backend tensorrt",
+        )
+    if not vendor.portable and device.gpu in here and device.gpu != first:
+        return TargetUnavailable(
+            f"{vendor.title} builds on the first GPU, which has {first}; {device.name} has {device.gpu}",
+            hint=f"CUDA_VISIBLE_DEVICES={here.index(device.gpu)} makes it the first",
         )
     if not vendor.portable and device.gpu not in here:
         other = f", or take --backend {RTX}, which needs no GPU" if device.gpu in VENDORS[-1].capabilities else ""
@@ -190,7 +190,8 @@ def _judge(
             f"{vendor.title} {version_} does not support JetPack; {device.name} needs TensorRT 10",
             hint=_install(newest, device),
         )
-    return Chosen(vendor, version_)
+    unlisted = vendor.portable and device.gpu not in vendor.capabilities
+    return Chosen(vendor, version_, f"it does not list {device.gpu}, which this machine's GPU has" if unlisted else "")
 
 
 def _install(vendor: Vendor, device: Profile) -> str:
@@ -205,20 +206,4 @@ def load(vendor: Vendor) -> Any:
     Raises:
         TargetUnavailable: It does not load.
     """
-    try:
-        return importlib.import_module(vendor.module)
-    except Exception as exc:  # a broken installation raises OSError, ImportError, RuntimeError or what it likes
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise TargetUnavailable(f"{vendor.title} does not load: {reason}", hint=vendor.install) from exc
-
-
-def _version(vendor: Vendor) -> str:
-    for name in vendor.distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    try:
-        return str(load(vendor).__version__)
-    except (TargetUnavailable, AttributeError):
-        return ""
+    return vendor.library.load(vendor.install)

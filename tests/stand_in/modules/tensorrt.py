@@ -168,6 +168,39 @@ class ICudaEngine:
         return None if self.model.producer_name == "starts never" else IExecutionContext(self)
 
 
+class Weights:
+    def __init__(self, dtype: Any, address: int, size: int) -> None:
+        self.dtype, self.size, self.nbytes = dtype, size, size * dtype.itemsize
+        self.address = address
+
+
+class Refitter:
+    """Sets an engine's weights; they are read when it works, as TensorRT's are."""
+
+    def __init__(self, engine: ICudaEngine, logger: Any) -> None:
+        self._engine, self._logger = engine, logger
+        self._given: dict[str, Weights] = {}
+        self._tensors = {tensor.name: tensor for tensor in engine.model.graph.initializer}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_weights_prototype(self, weights_name: str) -> Weights:
+        tensor = self._tensors[weights_name]
+        return Weights(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), 0, int(np.prod(tensor.dims)))
+
+    def set_named_weights(self, name: str, weights: Weights) -> bool:
+        self._given[name] = weights
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        for name, weights in self._given.items():
+            self._tensors[name].raw_data = ctypes.string_at(weights.address, weights.nbytes)
+        if missing := self._tensors.keys() - self._given.keys():
+            self._logger.log(ILogger.ERROR, f"missing: {missing}")
+        return not missing
+
+
 class IExecutionContext:
     _callbacks: ClassVar[list[Any]] = []  # graphs call them long after
 
