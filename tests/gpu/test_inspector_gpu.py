@@ -13,9 +13,10 @@ from cnncc.graph.reader import name_nodes, with_shapes
 from cnncc.targets.base import BuildOptions, GpuOptions
 from cnncc.targets.cuda.inspector import inspect, inspected
 from cnncc.targets.cuda.target import CudaTarget
-from cnncc.targets.cuda.vendors import RTX, TENSORRT, installed, load, vendor_of
+from cnncc.targets.cuda.vendors import installed, load, vendor_of
 from cnncc.targets.devices import resolve_profile
 from cnncc_runtime.gpu import host_gpus
+from cnncc_runtime.plan_library import RTX, TENSORRT
 from tests.calibration import patterns
 from tests.targets.conformance import small_graph
 

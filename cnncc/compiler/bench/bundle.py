@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cnncc.compiler.audit import executed
 from cnncc.compiler.bench.conversion import convert_subjects
-from cnncc.compiler.bench.gpu import gpu_index
+from cnncc.compiler.bench.gpu import host_gpu
 from cnncc.compiler.bench.referee import Referee
 from cnncc.compiler.bench.report import BenchmarkReport
 from cnncc.compiler.bench.runner import AGREEMENT_LIMIT, run_benchmark
@@ -118,7 +118,7 @@ def open_field(
     if problem := obstacle(manifest.target, manifest.engine):
         raise problem
     on_gpu = bool(manifest.target.gpu)
-    gpu = gpu_index(manifest.target.gpu) if on_gpu else None
+    gpu = host_gpu(manifest.target.gpu).index if on_gpu else None
     referee = Referee(lenient=lenient)
     subjects = [Subject(OURS, OURS, path, _executed(bundle))]
     feeds = random_feeds(manifest.inputs, seed=0, batch=_batch(bundle, batch))

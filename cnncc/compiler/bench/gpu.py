@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cnncc_runtime.errors import EngineMismatch
-from cnncc_runtime.gpu import DRIVER, gpus_text, host_gpus
+from cnncc_runtime.gpu import DRIVER, HostGpu, gpus_text, host_gpus
 
 _T = TypeVar("_T")
 
@@ -128,15 +128,15 @@ def gpu_noise(turns: Mapping[str, GpuTurns | None]) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def gpu_index(capability: str) -> int:
-    """Return the GPU that everyone is measured on, in CUDA's order: the first that runs engines for a capability.
+def host_gpu(capability: str) -> HostGpu:
+    """Return the GPU that everyone is measured on: the first that runs engines for a capability.
 
     Raises:
         EngineMismatch: There is none.
     """
     for gpu in host_gpus():
         if gpu.runs(capability):
-            return gpu.index
+            return gpu
     raise EngineMismatch(f"built for: a GPU of compute capability {capability}, found: {gpus_text()}")
 
 

@@ -15,8 +15,8 @@ from cnncc.compiler.bench.gpu import (
     GpuState,
     GpuTurns,
     GpuWatch,
-    gpu_index,
     gpu_noise,
+    host_gpu,
     summarize_turns,
     throttle_reasons,
 )
@@ -104,7 +104,7 @@ def test_without_a_driver_the_report_says_so() -> None:
         assert watch.look() is None
         assert watch.describe().problem.startswith("its clocks were not watched: ")
     with pytest.raises(EngineMismatch, match=r"compute capability 8\.9, found: no NVIDIA GPU"):
-        gpu_index("8.9")
+        host_gpu("8.9")
 
 
 def test_the_bindings_have_all_that_is_asked_of_them() -> None:
@@ -189,4 +189,4 @@ def test_a_gpu_that_the_library_does_not_list_is_not_watched(nvml: StandIn) -> N
 
 
 def test_the_first_gpu_that_runs_an_engine_is_measured(nvml: StandIn) -> None:
-    assert [gpu_index(capability) for capability in ("9.0", "7.5", "8.0+")] == [1, 0, 1]
+    assert [host_gpu(capability).index for capability in ("9.0", "7.5", "8.0+")] == [1, 0, 1]

@@ -13,6 +13,7 @@ from cnncc.compiler.bench.bundle import BF16_AGREEMENT, open_field
 from cnncc.compiler.bench.runner import AGREEMENT_LIMIT
 from cnncc.compiler.cache import Cache
 from cnncc_runtime.errors import UsageError
+from cnncc_runtime.gpu import HostGpu
 from tests.calibration.rtx import tensorrt_rtx
 from tests.cli.harness import DIGITS, call
 
@@ -29,7 +30,7 @@ def compiled(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Co
     """Compile the digits CNN for another machine's GPU, and pretend that it is this one's second."""
     tensorrt_rtx()
     monkeypatch.setattr(bench, "obstacle", lambda _target, _engine: None)
-    monkeypatch.setattr(bench, "gpu_index", lambda capability: {"8.9": 1}[capability])
+    monkeypatch.setattr(bench, "host_gpu", lambda capability: {"8.9": HostGpu("NVIDIA L4", "8.9", 1)}[capability])
 
     def compile_(precision: str) -> Path:
         path = tmp_path / f"{precision}.cnncc"
