@@ -42,11 +42,15 @@ SLOWER_ELSEWHERE = ("torch",)
 """Peers that are left out unless asked for: PyTorch is measured in its faster layout."""
 
 
+HERE = tuple(name for name in peers() if not KINDS[name].gpu)
+"""Peers that compute on the CPU, as everything here does."""
+
+
 def usual_peers(precision: str) -> tuple[str, ...]:
     """Return the peers that are measured unless others are asked for: in int8, those that read Q/DQ or quantize."""
     if precision == INT8:
-        return tuple(name for name in peers() if KINDS[name].qdq or KINDS[name].quantizes)
-    return tuple(name for name in peers() if name not in SLOWER_ELSEWHERE and not KINDS[name].quantizes)
+        return tuple(name for name in HERE if KINDS[name].qdq or KINDS[name].quantizes)
+    return tuple(name for name in HERE if name not in SLOWER_ELSEWHERE and not KINDS[name].quantizes)
 
 
 AGREEMENT = 1e-3
@@ -93,7 +97,7 @@ def parse_threads(_context: click.Context, _option: click.Parameter, values: tup
 @click.argument("models", nargs=-1)
 @click.option(
     "--against",
-    help=f"Peers, separated by commas, of {', '.join(peers())}.  [default: all but torch and int8; in int8 "
+    help=f"Peers, separated by commas, of {', '.join(HERE)}.  [default: all but torch and int8; in int8 "
     f"{', '.join(usual_peers(INT8))}]",
 )
 @click.option(

@@ -12,6 +12,7 @@ from cnncc.cli.options import open_cache, usable_threads
 from cnncc.cli.render import MARKS, Render, size_text, time_text
 
 if TYPE_CHECKING:
+    from cnncc.compiler.bench.gpu import Gpu, GpuState
     from cnncc.compiler.bench.report import BenchmarkReport, Interval, Ratio, SubjectResult
 
 
@@ -19,10 +20,9 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--against",
-    default="ort",
-    show_default=True,
     help="Peers: ort, openvino, mnn, ncnn, executorch, torch, torch-channels-last, torch-compile; ort-int8 and "
-    "executorch-int8, quantized by their own tools.",
+    "executorch-int8, quantized by their own tools. On GPUs: ort-cuda, torch-cuda, torch-compile-cuda, trtexec.  "
+    "[default: ort; on GPUs ort-cuda]",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of every engine.  [default: usable cores]")
 @click.option("--rounds", type=click.IntRange(2, 10_000), default=12, show_default=True, help="Interleaved rounds.")
@@ -42,7 +42,7 @@ def command(
     render: Render,
     *,
     bundle: Path,
-    against: str,
+    against: str | None,
     threads: int | None,
     rounds: int,
     min_time: float,
@@ -59,16 +59,17 @@ def command(
     from cnncc_runtime.files import atomic_file
 
     limits = parse_budgets(budgets)
-    names = [name for name in against.split(",") if name]
+    names = None if against is None else [name for name in against.split(",") if name]
     report = bench_bundle(
         bundle,
-        [*names, *(peer for peer in limits if peer not in names)],
+        names,
         threads=usable_threads(threads),
         rounds=rounds,
         min_time=min_time,
         batch=batch or 0,
         cache=open_cache(cache_dir, render),
         reporter=render,
+        also=tuple(limits),
     )
     if output is not None:
         with atomic_file(output) as partial:
@@ -81,22 +82,54 @@ def _text(render: Render, report: BenchmarkReport) -> None:
     for ratio in report.ratios:
         found = ratio.trusted
         render.line(
-            f"[bold]{_verdict(found)} {_title(report, ratio)}[/]  [dim]latency ratio {found.value:.3g}, "
-            f"95 % interval {found.low:.3g}–{found.high:.3g}, {ratio.basis} time[/]"
+            f"[bold]{_verdict(found)} {_title(report, ratio)}[/]  [dim]latency ratio {_interval_text(found)}, "
+            f"{_BASES[ratio.basis]}[/]"
         )
+        if ratio.device is not None and ratio.basis != "device":
+            render.line(f"    [dim]engines alone: {_interval_text(ratio.device)}[/]")
     render.line()
-    render.table(
-        ["engine", "version", "computes", "p50", "p90", "p99", "per second", "open", "peak RSS", "file"],
-        [_row(subject) for subject in report.subjects],
-        right=list(range(3, 10)),
-    )
+    alone = ["engine alone", "around it"] if report.gpu else []
+    heads = ["engine", "version", "computes", "p50", "p90", "p99", *alone, "per second", "open", "peak RSS", "file"]
+    rows = [_row(subject, alone=bool(alone)) for subject in report.subjects]
+    render.table(heads, rows, right=list(range(3, len(heads))))
     machine = report.machine
     render.line()
     governor = f", governor {machine.governor}" if machine.governor else ""
     clock = f", {machine.mhz:.0f} MHz" if machine.mhz else ""
     render.line(f"{machine.model}, {report.threads} of {machine.cores} cores{clock}{governor}, {report.rounds} rounds")
+    if report.gpu is not None:
+        _gpu_text(render, report, report.gpu)
     for reason in report.noise.reasons:
         render.line(f"{MARKS['note']} noisy machine: {reason}")
+
+
+_BASES = {"wall": "wall time", "cpu": "cpu time", "device": "time of the engines alone"}
+
+
+def _interval_text(found: Interval) -> str:
+    return f"{found.value:.3g}, 95 % interval {found.low:.3g}–{found.high:.3g}"
+
+
+def _gpu_text(render: Render, report: BenchmarkReport, gpu: Gpu) -> None:
+    facts = [f"compute capability {gpu.capability}"]
+    facts += [f"driver {gpu.driver}"] if gpu.driver else []
+    facts += [f"{gpu.power_limit:.0f} W at most"] if gpu.power_limit else []
+    render.line(f"{gpu.name}, {', '.join(facts)}")
+    for subject in report.subjects:
+        if (turns := subject.gpu) is not None:
+            render.line(
+                f"  [dim]{subject.title}: {_state_text(turns.before)} before, {_state_text(turns.after)} after[/]"
+            )
+    if gpu.problem:
+        render.line(f"{MARKS['note']} {gpu.problem}")
+    for subject in report.subjects:
+        if subject.device is not None and subject.clock != "CUDA events":
+            render.line(f"{MARKS['note']} {subject.title} is timed alone by {subject.clock}")
+
+
+def _state_text(state: GpuState) -> str:
+    facts = ((state.sm_mhz, "MHz"), (state.memory_mhz, "MHz memory"), (state.celsius, "°C"), (state.watts, "W"))
+    return ", ".join(f"{value:.0f} {unit}" for value, unit in facts if value is not None) or "nothing known"
 
 
 def _title(report: BenchmarkReport, ratio: Ratio) -> str:
@@ -115,17 +148,20 @@ def _verdict(found: Interval) -> str:
     return "a tie with"
 
 
-def _row(subject: SubjectResult) -> list[str]:
-    wall = subject.wall
+def _row(subject: SubjectResult, *, alone: bool) -> list[str]:
+    wall, device = subject.wall, subject.device
     return [
-        subject.title,
+        f"{subject.title} ({subject.note})" if subject.note else subject.title,
         subject.version,
         subject.precision,
-        time_text(wall.p50 * 1e3),
-        "–" if wall.p90 is None else time_text(wall.p90 * 1e3),
-        "–" if wall.p99 is None else time_text(wall.p99 * 1e3),
+        *map(_time_text, (wall.p50, wall.p90, wall.p99)),
+        *(map(_time_text, (device.p50 if device else None, subject.overhead)) if alone else ()),
         f"{subject.throughput:,.0f}" if subject.throughput >= 100 else f"{subject.throughput:.1f}",
         f"{subject.open_s:.2f} s",
         size_text(subject.peak_resident),
         size_text(subject.size),
     ]
+
+
+def _time_text(seconds: float | None) -> str:
+    return "–" if seconds is None else time_text(seconds * 1e3)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnncc.calibration.plan import PRODUCTS
+from cnncc.compiler.bench.gpu import host_gpu
 from cnncc.compiler.bench.process import WorkerProcess
 from cnncc.compiler.bench.protocol import Opened, Profile, Profiled
 from cnncc.compiler.bench.report import Interval
@@ -83,7 +84,7 @@ class Payoff:
     Attributes:
         schema: `SCHEMA`.
         basis: ``measured`` or ``predicted``.
-        machine: CPU that it was measured on, or that it was predicted for.
+        machine: CPU or GPU that it was measured on, or CPU that it was predicted for.
         threads: Of the measurement; 0 where it was none.
         chosen: Precision of the engine in the bundle.
         contenders: fp32, int8 and, where some layers were slower in int8, mixed.
@@ -139,6 +140,8 @@ def measure(bundles: Mapping[str, Path], feeds: Feeds, modules: Mapping[str, str
         RunFailed: An engine crashed, hung or ran out of memory.
         Interrupted: Ctrl-C.
     """
+    capability = read_bundle(bundles[FP32]).manifest.target.gpu
+    gpu = host_gpu(capability) if capability else None
     report = run_benchmark(
         [_subject(name, bundles[name]) for name in (FP32, INT8, MIXED) if name in bundles],
         feeds=feeds,
@@ -148,14 +151,16 @@ def measure(bundles: Mapping[str, Path], feeds: Feeds, modules: Mapping[str, str
         timeout=_TIMEOUT_S,
         progress=progress,
         agreement=math.inf,  # calibration measured how far int8 is from fp32
+        gpu=None if gpu is None else gpu.index,
     )
-    ratios = {ratio.peer: _inverse(ratio.trusted) for ratio in report.ratios}
-    basis = report.ratios[0].basis
-    times = {one.name: (one.cpu if basis == "cpu" else one.wall).p50 for one in report.subjects}
+    # on a GPU, the engine alone: copies of inputs and outputs are the same for all
+    ratios = {ratio.peer: _inverse(ratio.device or ratio.trusted) for ratio in report.ratios}
+    cpu = report.ratios[0].basis == "cpu"
+    times = {one.name: (one.device or (one.cpu if cpu else one.wall)).p50 for one in report.subjects}
     contenders = [Contender(name, seconds, ratios.get(name)) for name, seconds in times.items()]
     profiles = {name: _profile(name, bundles[name], feeds) for name in (FP32, INT8)}
     layers = layer_times(profiles[FP32], profiles[INT8], modules)
-    return decided(MEASURED, host_cpu().model, THREADS, contenders, layers)
+    return decided(MEASURED, gpu.name if gpu else host_cpu().model, THREADS, contenders, layers)
 
 
 def _inverse(interval: Interval) -> Interval:

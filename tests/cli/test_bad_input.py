@@ -817,6 +817,12 @@ def test_a_tampered_reference_is_noticed_by_whoever_reads_it(digits: Digits, tmp
 BENCH = {
     "an unknown peer": (["--against", "orrt"], 2, "'orrt' is not a known peer", "ort, ort-int8, torch"),
     "a peer twice": (["--against", "ort,ort"], 2, "named twice: ort", ""),
+    "a peer that computes elsewhere": (
+        ["--against", "torch-cuda"],
+        2,
+        "'torch-cuda' computes on a GPU, the bundle's engine on the CPU",
+        "its peers are ort, ",
+    ),
     "a budget that is no number": (["--max-latency-ratio", "ort=fast"], 2, "not a latency budget", "ort=1.0"),
     "a budget without a peer": (["--max-latency-ratio", "1.5"], 2, "not a latency budget", "ort=1.0"),
     "a budget for an unknown peer": (["--max-latency-ratio", "tflite=1"], 2, "'tflite' is not a known peer", "ort"),

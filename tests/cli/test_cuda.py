@@ -69,6 +69,10 @@ def test_a_bundle_is_built_and_its_parity_is_pending(digits: Digits, tmp_path: P
     assert "unchanged: cuda sm89" in again.stdout
     assert BUILT not in again.stderr, "nothing was proven again"
 
+    for peers in ((), ("--against", "ort-cuda,torch-cuda"), ("--against", "ort")):
+        refused = call("bench", bundle, *peers, code=3)
+        assert "built for: a GPU of compute capability 8.9 (rtx4090), found: no NVIDIA GPU" in refused.stderr
+        assert "opening" not in refused.stderr
     refused = call("verify", bundle, code=3)
     assert "the engine cannot be executed here: built for: a GPU of compute capability 8.9" in refused.stderr
     assert "parity is 'pending'" in call("run", bundle, "--input", "x.npy", code=1).stderr

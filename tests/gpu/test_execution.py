@@ -20,7 +20,7 @@ EXECUTED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "i
 
 
 def feeds(batch: int = 1, seed: int = 0) -> dict[str, Any]:
-    return {"x": np.random.default_rng(seed).random((batch, 3, 28, 28), np.float32)}
+    return {"image": np.random.default_rng(seed).random((batch, 3, 28, 28), np.float32)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -50,13 +50,13 @@ def test_real_architectures(gpu: HostGpu, architecture: str, precision: str, tmp
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_batches_in_any_order_give_what_single_images_give(compiled: Compile, precision: str, cuda_graph: bool) -> None:
-    path = compiled(precision, "--batch", "1", "--batch", "4", "--batch", "8")
-    whole = feeds(8)["x"]
+    path = compiled(precision, "--input-shape", "N,3,28,28", "--batch", "4,1,8")
+    whole = feeds(8)["image"]
     with cnncc_runtime.open(path, cuda_graph=cuda_graph) as session:
         name = session.outputs[0].name
-        single = np.concatenate([session.run({"x": whole[i : i + 1]})[name] for i in range(8)])
+        single = np.concatenate([session.run({"image": whole[i : i + 1]})[name] for i in range(8)])
         for batch in (8, 4, 1, 4, 8, 8, 4):
-            found = session.run({"x": whole[:batch]})[name]
+            found = session.run({"image": whole[:batch]})[name]
             error = np.linalg.norm(found - single[:batch]) / np.linalg.norm(single[:batch])
             # tactics may differ by batch size, and round otherwise
             assert error < {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 5e-2}[precision]

@@ -63,15 +63,38 @@ class Profiler(Protocol):
         ...
 
 
+class DeviceTimer(Protocol):
+    """What an adapter has besides if its engine computes on a GPU: the time of the engine alone."""
+
+    @property
+    def clock(self) -> str:
+        """By what it is timed; empty where it is not."""
+        ...
+
+    def device_times(self, runs: int) -> tuple[float, ...]:
+        """Return seconds of each of ``runs`` runs on inputs that lie on the GPU, the outputs staying there."""
+        ...
+
+
+class SelfTimer(DeviceTimer, Protocol):
+    """What an adapter has besides if its engine runs in a program of its own, which times itself."""
+
+    def times(self, runs: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return seconds of each of ``runs`` runs, with copies to and from the GPU, and without."""
+        ...
+
+
 class CnnccAdapter:
     """A bundle, through the runtime alone, as on a device.
 
     Args:
-        options: ``unverified``, if anything, opens a bundle whose parity is pending.
+        options: ``unverified``, if anything, opens a bundle whose parity is pending; ``gpu`` is the device that an
+            engine for GPUs must run on, in CUDA's order.
     """
 
     def __init__(self, options: dict[str, str]) -> None:
         self._unverified = bool(options.get("unverified"))
+        self._gpu = options.get("gpu", "")
         self._session: Any = None
         self._feeds: dict[str, Array] = {}
 
@@ -87,10 +110,22 @@ class CnnccAdapter:
 
         session = cnncc_runtime.session.open(path, threads=threads, allow_unverified=self._unverified)
         self._session = session.__enter__()
+        gpu = getattr(session, "gpu", None)
+        if self._gpu and gpu is not None and str(gpu.index) != self._gpu:
+            raise RunFailed(f"the engine runs on GPU {gpu.index}, its peers on GPU {self._gpu}")
+
+    @property
+    def clock(self) -> str:
+        """CUDA's events, where the engine is for GPUs."""
+        return "CUDA events" if hasattr(self._session, "device_times") else ""
+
+    def device_times(self, runs: int) -> tuple[float, ...]:
+        """Time the engine alone, on inputs that lie on the GPU."""
+        return self._session.device_times(self._feeds, runs)  # type: ignore[no-any-return]
 
     def bind(self, names: Sequence[str], feeds: Sequence[Array]) -> None:
         """Name the inputs as the bundle does."""
-        self._feeds = _named([spec.name for spec in self._session.inputs], names, feeds)
+        self._feeds = named([spec.name for spec in self._session.inputs], names, feeds)
 
     def run(self) -> Any:
         """Run the engine."""
@@ -132,7 +167,7 @@ class OnnxRuntimeAdapter:
 
     def bind(self, names: Sequence[str], feeds: Sequence[Array]) -> None:
         """Name the inputs as the graph does."""
-        self._feeds = _named([value.name for value in self._session.get_inputs()], names, feeds)
+        self._feeds = named([value.name for value in self._session.get_inputs()], names, feeds)
 
     def run(self) -> Any:
         """Run the session."""
@@ -189,7 +224,7 @@ class OpenVinoAdapter:
         import openvino
 
         inputs = self._request.model_inputs
-        feeds_by_name = _named([port.any_name for port in inputs], names, feeds)
+        feeds_by_name = named([port.any_name for port in inputs], names, feeds)
         for position, port in enumerate(inputs):
             array = np.ascontiguousarray(feeds_by_name[port.any_name])
             self._feeds.append(array)  # OpenVINO does not keep it alive
@@ -247,7 +282,7 @@ class MnnAdapter:
         import MNN
 
         wanted = self._module.get_info()["inputNames"]
-        feeds_by_name = _named(wanted, names, feeds)
+        feeds_by_name = named(wanted, names, feeds)
         kinds = {"float32": MNN.expr.float, "int32": MNN.expr.int}
         for name in wanted:
             array = feeds_by_name[name]
@@ -307,7 +342,7 @@ class NcnnAdapter:
 
         if any(array.ndim < 2 or array.shape[0] != 1 for array in feeds):
             raise ModelRefused("ncnn computes one sample at a time; the batch is larger")
-        feeds_by_name = _named(self._net.input_names(), names, feeds)
+        feeds_by_name = named(self._net.input_names(), names, feeds)
         # a Mat made from an array does not own its data: the clone does
         self._feeds = [(name, ncnn.Mat(array[0]).clone()) for name, array in feeds_by_name.items()]
 
@@ -459,7 +494,7 @@ def _converted(made: Path, library: str) -> Path:
     return made
 
 
-def _named(wanted: Sequence[str], names: Sequence[str], feeds: Sequence[Array]) -> dict[str, Array]:
+def named(wanted: Sequence[str], names: Sequence[str], feeds: Sequence[Array]) -> dict[str, Array]:
     """Name the inputs as an engine does: by name where the names agree, else by position."""
     if set(wanted) == set(names):
         return dict(zip(names, feeds, strict=True))

@@ -84,12 +84,16 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
         import_s: Seconds to import it.
         open_s: Seconds to open the engine.
         resident_before: Resident bytes before the library was imported.
+        clock: By what the engine is timed alone, on the device that computes it; empty where it is not.
+        note: What was chosen meanwhile.
     """
 
     version: str
     import_s: float
     open_s: float
     resident_before: int
+    clock: str = ""
+    note: str = ""
 
 
 class Timed(msgspec.Struct, frozen=True, tag="timed"):
@@ -100,12 +104,14 @@ class Timed(msgspec.Struct, frozen=True, tag="timed"):
         cpu: Seconds of the whole process's CPU time of each run.
         settled: Whether the latency had settled by the end (see `cnncc.compiler.bench.statistics.settled`).
         switches: Involuntary context switches meanwhile.
+        device: Seconds of the engine alone, in as many further runs; empty where it is not timed alone.
     """
 
     wall: tuple[float, ...]
     cpu: tuple[float, ...]
     settled: bool
     switches: int
+    device: tuple[float, ...] = ()
 
 
 class Profiled(msgspec.Struct, frozen=True, tag="profiled"):

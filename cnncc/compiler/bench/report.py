@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 
+from cnncc.compiler.bench.gpu import Gpu, GpuTurns
 from cnncc.compiler.bench.machine import Machine
 from cnncc_runtime.errors import BudgetExceeded, BundleRefused, UsageError
 
-SCHEMA = "cnncc.benchmark/2"
+SCHEMA = "cnncc.benchmark/3"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class SubjectResult:
         kind: Key of `cnncc.compiler.bench.subjects.KINDS`.
         title: As tables show it.
         version: Of its library.
-        precision: What it multiplies: ``fp32``, ``int8``, or ``fp32, Q/DQ``: floats, rounded to int8 in between.
+        precision: What it multiplies: ``fp32``, ``fp16``, ``bf16``, ``int8``, or ``fp32, Q/DQ``: floats, rounded to
+            int8 in between.
         runs: Measured runs.
         warm_up_runs: Runs before them.
         settled: Whether the warm-up's latency settled before its time was up.
@@ -59,6 +61,11 @@ class SubjectResult:
         size: Bytes of the engine file.
         switches: Involuntary context switches during the measured runs.
         agreement: Relative L2 distance of its outputs to the first reference's; None for that reference.
+        device: Time of the engine alone per run, its inputs on the GPU and its outputs staying there; None on a CPU.
+        clock: What that was taken by: ``CUDA events``, ``the host's clock`` or, in a program that times itself,
+            ``its own clock``. That program's ``wall`` is then the sum of the copies and of the engine.
+        gpu: The GPU around its turns; None where it was not watched.
+        note: What its library chose when it was opened.
     """
 
     name: str
@@ -79,6 +86,15 @@ class SubjectResult:
     size: int
     switches: int
     agreement: float | None
+    device: Latency | None = None
+    clock: str = ""
+    gpu: GpuTurns | None = None
+    note: str = ""
+
+    @property
+    def overhead(self) -> float | None:
+        """Seconds of a median run that are not the engine's own: copies to and from the GPU, and the host's work."""
+        return None if self.device is None else self.wall.p50 - self.device.p50
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,9 @@ class Ratio:
         peer: Theirs.
         wall: Of wall times.
         cpu: Of CPU times.
-        basis: Which of the two to trust: ``cpu`` for one thread on a noisy machine, else ``wall``.
+        basis: Which of them to trust: ``cpu`` for one thread on a noisy machine, ``device`` for a peer that times
+            itself on a GPU, else ``wall``.
+        device: Of the times of the engines alone; None where one of them is not timed so.
     """
 
     subject: str
@@ -113,10 +131,13 @@ class Ratio:
     wall: Interval
     cpu: Interval
     basis: str
+    device: Interval | None = None
 
     @property
     def trusted(self) -> Interval:
         """The ratio that ``basis`` names."""
+        if self.basis == "device" and self.device is not None:
+            return self.device
         return self.cpu if self.basis == "cpu" else self.wall
 
 
@@ -161,6 +182,7 @@ class BenchmarkReport:
         ratios: Ours against every peer.
         subjects: Everyone's figures.
         refused: Peers that could not be measured, where that was not an error.
+        gpu: The GPU that everyone computed on; None for a CPU.
     """
 
     schema: str
@@ -173,6 +195,7 @@ class BenchmarkReport:
     ratios: tuple[Ratio, ...]
     subjects: tuple[SubjectResult, ...]
     refused: tuple[Refused, ...] = ()
+    gpu: Gpu | None = None
 
     def subject(self, name: str) -> SubjectResult | None:
         """Return one engine's figures, or None."""

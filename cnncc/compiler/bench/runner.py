@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cnncc.compiler.bench.gpu import GpuState, GpuWatch, gpu_noise, summarize_turns
 from cnncc.compiler.bench.machine import Machine, describe_machine, read_clocks, read_load
 from cnncc.compiler.bench.process import WorkerProcess
 from cnncc.compiler.bench.protocol import Measure, Open, Opened, Save, Saved, Timed, Warm
@@ -85,6 +86,7 @@ class _Course:
     timeout: float
     agreement: float
     referee: Referee
+    watch: GpuWatch | None = None
 
 
 @dataclass
@@ -98,6 +100,8 @@ class _Turns:
     outputs: list[NDArray[Any]]
     wall: list[tuple[float, ...]] = field(default_factory=list)
     cpu: list[tuple[float, ...]] = field(default_factory=list)
+    device: list[tuple[float, ...]] = field(default_factory=list)
+    looks: list[tuple[GpuState, GpuState]] = field(default_factory=list)
     switches: int = 0
     peak: int = 0
 
@@ -114,6 +118,7 @@ def run_benchmark(
     progress: Progress | None = None,
     agreement: float = AGREEMENT_LIMIT,
     referee: Referee | None = None,
+    gpu: int | None = None,
 ) -> BenchmarkReport:
     """Measure subjects and compare the first with every other one.
 
@@ -128,6 +133,7 @@ def run_benchmark(
         progress: Told how far the benchmark is.
         agreement: Largest relative L2 distance between subjects' outputs. An approximation's are only reported.
         referee: Says whether to go on without peers that fail; without one, their errors are raised.
+        gpu: The GPU that everyone computes on, in CUDA's order, which is watched; None for a CPU.
 
     Raises:
         UsageError: No subjects, names that repeat, an unknown kind, or absurd counts.
@@ -139,12 +145,16 @@ def run_benchmark(
     """
     referee = referee or Referee(lenient=False)
     _check(subjects, feeds, threads, rounds, min_time)
-    course = _Course(feeds, threads, rounds, min_time, seed, timeout, agreement, referee)
     tell = progress or (lambda _what, _fraction: None)
     load, clocks, spent = read_load(), read_clocks(), _cpu_spent()
     try:
-        with tempfile.TemporaryDirectory(prefix="cnncc-bench-") as name:
+        with (
+            tempfile.TemporaryDirectory(prefix="cnncc-bench-") as name,
+            contextlib.nullcontext() if gpu is None else GpuWatch(gpu) as watch,
+        ):
+            course = _Course(feeds, threads, rounds, min_time, seed, timeout, agreement, referee, watch)
             turns = _measure(subjects, course, tell, Path(name))
+            device = watch.describe() if watch else None
     except KeyboardInterrupt as exc:
         raise Interrupted("the benchmark was interrupted; its processes are gone") from exc
     machine = describe_machine(clocks, read_clocks(), load_before=load, own_cpu_s=_cpu_spent() - spent)
@@ -152,10 +162,12 @@ def run_benchmark(
         machine,
         {turn.subject.name: turn.wall for turn in turns},
         threads,
-        {turn.subject.name: _cores(turn) for turn in turns},
+        {turn.subject.name: _cores(turn) for turn in turns} if gpu is None else {},  # there, cores wait
     )
+    reasons = (*noise.reasons, *gpu_noise({turn.subject.name: summarize_turns(turn.looks) for turn in turns}))
+    noise = Noise(bool(reasons), reasons)
     batch = _batch(feeds)
-    basis = "cpu" if threads == 1 and noise.noisy else "wall"
+    basis = "cpu" if gpu is None and threads == 1 and noise.noisy else "wall"
     distances = _agreement(turns)
     return BenchmarkReport(
         SCHEMA,
@@ -168,6 +180,7 @@ def run_benchmark(
         tuple(_ratio(turns[0], peer, basis) for peer in turns[1:]),
         tuple(_result(turn, batch, distances[turn.subject.name]) for turn in turns),
         referee.refused,
+        device,
     )
 
 
@@ -312,14 +325,20 @@ def _rounds(plan: Sequence[tuple[_Turns, int]], course: _Course) -> Iterator[int
         for turn, runs in shuffle.sample(plan, len(plan)):
             if course.referee.stays(turn.subject.name):
                 with _watched(course, turn.subject, turn.worker):
-                    _take_turn(turn, runs)
+                    _take_turn(turn, runs, course.watch)
         yield done
 
 
-def _take_turn(turn: _Turns, runs: int) -> None:
+def _take_turn(turn: _Turns, runs: int, watch: GpuWatch | None) -> None:
+    before = watch.look() if watch else None
     timed = turn.worker.ask(Measure(runs, WAKE_RUNS), Timed)
+    after = watch.look() if watch else None
+    if before is not None and after is not None:
+        turn.looks.append((before, after))
     turn.wall.append(timed.wall)
     turn.cpu.append(timed.cpu)
+    if timed.device:
+        turn.device.append(timed.device)
     turn.switches += timed.switches
 
 
@@ -382,12 +401,16 @@ def _difference(reference: _Turns, turn: _Turns, distance: float) -> str:
 
 
 def _ratio(ours: _Turns, peer: _Turns, basis: str) -> Ratio:
+    device = Interval(*paired_ratio(ours.device, peer.device)) if ours.device and peer.device else None
+    if device is not None and find_kind(peer.subject.kind).times_itself:
+        basis = "device"
     return Ratio(
         ours.subject.name,
         peer.subject.name,
         Interval(*paired_ratio(ours.wall, peer.wall)),
         Interval(*paired_ratio(ours.cpu, peer.cpu)),
         basis,
+        device,
     )
 
 
@@ -413,6 +436,10 @@ def _result(turn: _Turns, batch: int, agreement: float | None) -> SubjectResult:
         size=engine_size(turn.subject),
         switches=turn.switches,
         agreement=agreement,
+        device=_latency(turn.device) if turn.device else None,
+        clock=turn.opened.clock,
+        gpu=summarize_turns(turn.looks),
+        note=turn.opened.note,
     )
 
 

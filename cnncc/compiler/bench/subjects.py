@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cnncc.compiler.bench.trtexec import find_trtexec
 from cnncc_runtime.bundle import read_bundle
 from cnncc_runtime.errors import DependencyMissing, UsageError
 
@@ -44,6 +45,8 @@ class Kind:
             (`cnncc.compiler.bench.adapters.Converter`).
         qdq: What it multiplies where an ``onnx`` model has Q/DQ: `INT8` or `FLOAT_QDQ`; empty where it cannot run it.
         quantizes: Whether the adapter makes int8 of the float32 model by the library's own tool.
+        gpu: Whether it computes on a GPU; our own engine does where its bundle says so.
+        times_itself: Whether it is a program that is run and times itself; ``needs`` is empty then.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Kind:
     converts: bool = False
     qdq: str = ""
     quantizes: bool = False
+    gpu: bool = False
+    times_itself: bool = False
 
     @property
     def variable(self) -> str:
@@ -71,6 +76,8 @@ class Kind:
 
 
 _TORCH = f"{_ADAPTERS}:TorchAdapter"
+_GPU_ADAPTERS = "cnncc.compiler.bench.gpu_adapters"
+_TORCH_CUDA = f"{_GPU_ADAPTERS}:TorchCudaAdapter"
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -139,6 +146,38 @@ KINDS: dict[str, Kind] = {
                 ("executorch-int8", "ExecuTorch, its int8", True),
             )
         ),
+        Kind(
+            "ort-cuda",
+            "ONNX Runtime, CUDA",
+            f"{_GPU_ADAPTERS}:OnnxRuntimeCudaAdapter",
+            "onnxruntime",
+            f"onnxruntime-gpu, in an environment that {_variable('ort-cuda')} names",
+            "onnx",
+            qdq=FLOAT_QDQ,
+            gpu=True,
+        ),
+        Kind("torch-cuda", "PyTorch, CUDA", _TORCH_CUDA, "torch", "pip install torch", "program", gpu=True),
+        Kind(
+            "torch-compile-cuda",
+            "torch.compile, CUDA",
+            _TORCH_CUDA,
+            "torch",
+            "pip install torch",
+            "program",
+            {"compile": "max-autotune"},
+            gpu=True,
+        ),
+        Kind(
+            "trtexec",
+            "trtexec",
+            "cnncc.compiler.bench.trtexec:TrtexecAdapter",
+            "",
+            "it comes with TensorRT's packages; put it on the PATH",
+            "onnx",
+            qdq=INT8,
+            gpu=True,
+            times_itself=True,
+        ),
     )
 }
 """Every kind by name; a new peer is one adapter and one line here."""
@@ -152,7 +191,7 @@ class Subject:
         name: How the report calls it; unique in a benchmark.
         kind: Key of `KINDS`.
         path: The bundle's folder, the ``.onnx`` file, the ``.pt2`` archive, or what a converter made of one.
-        precision: What it multiplies: `FP32`, `INT8` or `FLOAT_QDQ`.
+        precision: What it multiplies: `FP32`, ``fp16``, ``bf16``, `INT8` or `FLOAT_QDQ`.
         approximate: Whether it runs another approximation of the network than the others do: what they run before it
             was quantized, or what its library quantized. Its outputs cannot be held to theirs.
         options: Passed to the adapter beside those of the kind.
@@ -184,6 +223,25 @@ def check_names(against: Sequence[str]) -> None:
             raise UsageError(f"'{name}' is not a known peer", hint=f"known are {', '.join(peers())}")
 
 
+def check_device(name: str, *, gpu: bool) -> None:
+    """Refuse a peer that computes elsewhere than a bundle's engine.
+
+    Args:
+        name: A known peer.
+        gpu: Whether the engine is for GPUs.
+
+    Raises:
+        UsageError: It does.
+    """
+    if KINDS[name].gpu == gpu:
+        return
+    where = {True: "a GPU", False: "the CPU"}
+    alike = ", ".join(peer for peer in peers() if KINDS[peer].gpu == gpu)
+    raise UsageError(
+        f"'{name}' computes on {where[not gpu]}, the bundle's engine on {where[gpu]}", hint=f"its peers are {alike}"
+    )
+
+
 def find_kind(name: str) -> Kind:
     """Return a kind that is known and installed.
 
@@ -194,7 +252,7 @@ def find_kind(name: str) -> Kind:
     kind = KINDS.get(name)
     if kind is None:
         raise UsageError(f"'{name}' is not a known peer", hint=f"known are {', '.join(peers())}")
-    if not _has(kind.python, kind.needs):
+    if not (find_trtexec() if kind.times_itself else _has(kind.python, kind.needs)):
         raise DependencyMissing(f"{kind.title} is not installed", hint=kind.install)
     return kind
 
@@ -222,6 +280,7 @@ def make_subjects(
     onnx: Path | None = None,
     program: Path | None = None,
     quantized: bool = False,
+    half: str = "",
 ) -> tuple[Subject, ...]:
     """Return the subjects of a benchmark: the bundle first, then its peers.
 
@@ -231,6 +290,7 @@ def make_subjects(
         onnx: The model for peers that read ONNX (a bundle's ``reference.onnx``).
         program: The model for PyTorch: a ``.pt2`` archive that cnncc wrote (`torch.export.load` trusts its input).
         quantized: Whether ``onnx`` has Q/DQ; ``program`` is what it was before.
+        half: ``fp16`` or ``bf16`` where that is what ``onnx`` is in and peers compute in; else empty.
 
     Raises:
         UsageError: An unknown peer, a peer named twice, or a peer whose form of the model was not given or that
@@ -238,7 +298,7 @@ def make_subjects(
         DependencyMissing: A peer is not installed.
     """
     check_names(against)
-    subjects = [] if bundle is None else [Subject(OURS, OURS, bundle, INT8 if quantized else FP32)]
+    subjects = [] if bundle is None else [Subject(OURS, OURS, bundle, INT8 if quantized else half or FP32)]
     paths = {"onnx": onnx, "program": program}
     missing = {
         "onnx": "the bundle holds no reference.onnx: compile it again without stripping it",
@@ -250,17 +310,18 @@ def make_subjects(
         path = paths.get(form)
         if path is None:
             raise UsageError(f"'{name}' has no model to run", hint=missing.get(kind.form, "give a bundle"))
-        subjects.append(_peer(kind, path, quantized=quantized, form=form))
+        subjects.append(_peer(kind, path, quantized=quantized, form=form, half=half))
     return tuple(subjects)
 
 
-def _peer(kind: Kind, path: Path, *, quantized: bool, form: str) -> Subject:
+def _peer(kind: Kind, path: Path, *, quantized: bool, form: str, half: str) -> Subject:
     if kind.quantizes:
         return Subject(kind.name, kind.name, path, INT8, approximate=True)
     if not quantized or form != "onnx":
-        return Subject(kind.name, kind.name, path, FP32, approximate=quantized)
+        return Subject(kind.name, kind.name, path, half or FP32, approximate=quantized)
     if not kind.qdq:
-        able = ", ".join(other.name for other in KINDS.values() if other.qdq or other.quantizes)
+        alike = [other for other in KINDS.values() if other.gpu == kind.gpu]
+        able = ", ".join(other.name for other in alike if other.qdq or other.quantizes)
         raise UsageError(f"{kind.title} cannot run a model with Q/DQ in int8", hint=f"of int8 bundles, try {able}")
     return Subject(kind.name, kind.name, path, kind.qdq)
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 import numpy as np
 
-from cnncc.compiler.bench.adapters import Adapter, Converter, Profiler
+from cnncc.compiler.bench.adapters import Adapter, Converter, DeviceTimer, Profiler, SelfTimer
 from cnncc.compiler.bench.protocol import (
     Command,
     Convert,
@@ -37,7 +37,7 @@ from cnncc.compiler.bench.protocol import (
     Timed,
     Warm,
 )
-from cnncc.compiler.bench.statistics import settled
+from cnncc.compiler.bench.statistics import SETTLE_WINDOW, settled
 from cnncc.compiler.child import die_with
 from cnncc_runtime.errors import CnnccError
 
@@ -89,7 +89,7 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection in the middle of a run is Python's time, not the engine's
-        return Opened(version, import_s, open_s, before)
+        return Opened(version, import_s, open_s, before, getattr(adapter, "clock", ""), getattr(adapter, "note", ""))
 
     def _warm(self, adapter: Adapter, seconds: float) -> Reply:
         wall: list[float] = []
@@ -100,9 +100,16 @@ class Worker:
             done = settled(wall)
             if (done and elapsed >= _LEAST_WARM_UP_S) or (elapsed >= seconds and wall):
                 return Timed(tuple(wall), tuple(cpu), done, 0)
-            _run(adapter, wall, cpu)
+            if _times_itself(adapter):
+                found = _by_itself(adapter, 2 * SETTLE_WINDOW)
+                wall += found.wall
+                cpu += found.cpu
+            else:
+                _run(adapter, wall, cpu)
 
     def _measure(self, adapter: Adapter, command: Measure) -> Reply:
+        if _times_itself(adapter):
+            return _by_itself(adapter, command.runs)
         for _ in range(command.unmeasured):
             adapter.run()
         wall: list[float] = []
@@ -111,7 +118,11 @@ class Worker:
         for _ in range(command.runs):
             _run(adapter, wall, cpu)
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
-        return Timed(tuple(wall), tuple(cpu), True, switches)
+        device: tuple[float, ...] = ()
+        if getattr(adapter, "clock", ""):
+            timer: DeviceTimer = adapter  # type: ignore[assignment]
+            device = timer.device_times(command.runs)
+        return Timed(tuple(wall), tuple(cpu), True, switches, device)
 
     def _save(self, adapter: Adapter, command: Save) -> Reply:
         outputs = adapter.outputs()
@@ -122,6 +133,20 @@ class Worker:
 def _adapter(reference: str, options: dict[str, str]) -> Any:
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)(options)
+
+
+def _times_itself(adapter: Adapter) -> bool:
+    return hasattr(adapter, "times")
+
+
+def _by_itself(adapter: Adapter, runs: int) -> Timed:
+    """Have a program of its own time itself; its CPU time includes its start."""
+    timer: SelfTimer = adapter  # type: ignore[assignment]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall, device = timer.times(runs)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Timed(wall, (spent / runs,) * runs, True, after.ru_nivcsw - before.ru_nivcsw, device)
 
 
 def _run(adapter: Adapter, wall: list[float], cpu: list[float]) -> None:

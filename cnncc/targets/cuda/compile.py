@@ -12,7 +12,7 @@ from cnncc.targets.base import BuildOptions
 from cnncc.targets.cuda.config import configure
 from cnncc.targets.cuda.dla import check_dla
 from cnncc.targets.cuda.hearing import monitor_of
-from cnncc.targets.cuda.layers import layer_records
+from cnncc.targets.cuda.inspector import layers_of
 from cnncc.targets.cuda.parse import Parsed, parse
 from cnncc.targets.cuda.sparse import tell_sparse
 from cnncc.targets.cuda.timing_cache import kept_timings, timings_file
@@ -81,7 +81,7 @@ def compile_graph(
         check_weights(graph, trt, parsed.logger, data, options.note)
         write_weights(graph, plan.with_name(WEIGHTS))
     plan.write_bytes(data)
-    return Compiled(version, layer_records(graph, data, made, parsed.names))
+    return Compiled(version, layers_of(graph, data, trt, gpu, made, parsed.names))
 
 
 def _failure(graph: OnnxGraph, parsed: Parsed, chosen: Chosen) -> BuildFailed:

@@ -43,7 +43,8 @@ _NAME = re.compile(r'"([^"]+)"')
 _PRODUCTS = frozenset({"corrltn", "deconvolution", "fully_connected"})
 """Kernels that multiply their first two operands: convolutions, transposed ones, products of matrices."""
 
-_MULTIPLIES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
+MULTIPLIES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
+"""ONNX operators that multiply two operands."""
 
 _SHORT = {"float": "float32", "half": "float16", "bf16": "bfloat16", "double": "float64", "fp8_e4m3": "float8_e4m3"}
 _WIDTH = ("double", "float", "bf16", "half")
@@ -128,7 +129,7 @@ def layer_records(graph: OnnxGraph, plan: bytes, chosen: Chosen, names: Mapping[
     nodes = {node_label(node): node for node in graph.nodes}
     labels = {kernel: tuple(label for name in kernel.nodes if (label := names.get(name, name)) in nodes)
               for kernel in kernels}  # fmt: skip
-    products = {label for label, node in nodes.items() if node.op_type in _MULTIPLIES}
+    products = {label for label, node in nodes.items() if node.op_type in MULTIPLIES}
     multiplied = _multiplied(kernels, labels, products)
     records = []
     for kernel in kernels:

@@ -121,3 +121,23 @@ class NotInstalled(Steady):
 
     def load(self):
         import a_module_that_does_not_exist  # noqa: F401
+
+
+class OnGpu(Steady):
+    """Computes on a GPU of its own, which takes half of the time of a run."""
+
+    clock = "CUDA events"
+    note = "channels last"
+
+    def device_times(self, runs):
+        return (self.ms / 2e3,) * runs
+
+
+class ByItself(OnGpu):
+    """Is a program that times itself."""
+
+    clock = "its own clock"
+
+    def times(self, runs):
+        subprocess.run([sys.executable, "-c", ""], check=True)
+        return (self.ms / 1e3,) * runs, (self.ms / 4e3,) * runs

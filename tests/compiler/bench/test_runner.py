@@ -34,7 +34,7 @@ QUICK = {"rounds": 3, "min_time": 0.01, "timeout": 60.0}
 @pytest.fixture(autouse=True)
 def quick_workers(monkeypatch):
     """Workers find the fake adapters, and warm up briefly."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     monkeypatch.setattr("cnncc.compiler.bench.runner.WARM_UP_S", 0.01)
 
 
@@ -203,6 +203,42 @@ time.sleep(600)
             assert wait_until(lambda: state(pid) == "T")
             os.kill(parent.pid, signal.SIGKILL)
         assert wait_until(lambda: not alive(pid))
+
+
+class TestGpus:
+    """Engines that are timed alone too; whether there is a GPU here matters to the watch alone."""
+
+    @pytest.fixture
+    def report(self, fake, monkeypatch):
+        subjects = [fake("OnGpu", "cnncc", ms="2"), fake("OnGpu", "peer", ms="4"), fake("ByItself", "apart", ms="4")]
+        monkeypatch.setitem(KINDS, "apart", replace(KINDS["apart"], needs="", times_itself=True))
+        monkeypatch.setattr("cnncc.compiler.bench.subjects.find_trtexec", lambda: "apart")
+        return run_benchmark(subjects, feeds=FEEDS, gpu=0, **QUICK)
+
+    def test_both_times_stand_apart_and_what_is_left_is_the_hosts(self, report):
+        ours = report.subject("cnncc")
+        assert ours.device.p50 == pytest.approx(1e-3)
+        assert ours.wall.p50 > 2e-3
+        assert ours.overhead == ours.wall.p50 - ours.device.p50
+        assert (ours.clock, ours.note) == ("CUDA events", "channels last")
+
+    def test_ratios_of_engines_alone_are_trusted_where_a_peer_times_itself(self, report):
+        peer, apart = report.ratios
+        assert (peer.basis, apart.basis) == ("wall", "device")
+        assert peer.device.value == pytest.approx(0.5)
+        assert apart.trusted == apart.device
+        assert apart.device.value == pytest.approx(1.0)
+        assert report.subject("apart").wall.p50 == pytest.approx(4e-3)
+
+    def test_the_gpu_is_described_or_it_is_said_why_not(self, report):
+        assert report.gpu.driver or report.gpu.problem.startswith("its clocks were not watched")
+        assert not any("computed on" in reason for reason in report.noise.reasons)
+        assert from_plain(json.loads(json.dumps(to_plain(report)))) == report
+
+    def test_on_a_cpu_nothing_of_it_is_said(self, fake):
+        report = run_benchmark([fake("Steady", "a"), fake("Steady", "b")], feeds=FEEDS, **QUICK)
+        assert (report.gpu, report.ratios[0].device) == (None, None)
+        assert (report.subjects[0].device, report.subjects[0].overhead, report.subjects[0].gpu) == (None, None, None)
 
 
 class TestAgreement:

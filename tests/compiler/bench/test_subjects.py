@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cnncc.compiler.bench import subjects
-from cnncc.compiler.bench.subjects import KINDS, Kind, Subject, find_kind, make_subjects, peers
+from cnncc.compiler.bench import subjects, trtexec
+from cnncc.compiler.bench.subjects import KINDS, Kind, Subject, check_device, find_kind, make_subjects, peers
 from cnncc_runtime.errors import DependencyMissing, UsageError
 
 
@@ -65,8 +65,13 @@ def test_a_file_has_its_own_size(tmp_path):
     assert subjects.engine_size(Subject("ort", "ort", tmp_path / "x.onnx")) == 5
 
 
-def test_of_a_quantized_bundle_everyone_says_what_it_multiplies(monkeypatch):
+@pytest.fixture
+def everything_installed(monkeypatch):
     monkeypatch.setattr(subjects, "_has", lambda python, module: True)
+    monkeypatch.setattr(subjects, "find_trtexec", lambda: "trtexec")
+
+
+def test_of_a_quantized_bundle_everyone_says_what_it_multiplies(everything_installed):
     names = [name for name in peers() if name != "mnn"]
     found = make_subjects(None, names, onnx=Path("x.onnx"), program=Path("x.pt2"), quantized=True)
     assert {subject.name: (subject.precision, subject.approximate) for subject in found} == {
@@ -79,11 +84,35 @@ def test_of_a_quantized_bundle_everyone_says_what_it_multiplies(monkeypatch):
         "ncnn": ("fp32", True),
         "executorch": ("fp32", True),
         "executorch-int8": ("int8", True),
+        "ort-cuda": ("fp32, Q/DQ", False),
+        "torch-cuda": ("fp32", True),
+        "torch-compile-cuda": ("fp32", True),
+        "trtexec": ("int8", False),
     }
 
 
-def test_of_a_float_bundle_everyone_computes_in_float_but_who_quantizes(monkeypatch):
-    monkeypatch.setattr(subjects, "_has", lambda python, module: True)
+def test_of_a_half_precision_bundle_peers_compute_in_half_too(everything_installed):
+    names = [name for name in peers() if KINDS[name].gpu]
+    found = make_subjects(Path("a"), names, onnx=Path("x.onnx"), program=Path("x.pt2"), half="bf16")
+    assert {(subject.precision, subject.approximate) for subject in found} == {("bf16", False)}
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("ort", True), ("torch-compile", True), ("ort-cuda", False)])
+def test_a_peer_that_computes_elsewhere_is_refused_and_those_that_do_not_are_named(name, gpu):
+    with pytest.raises(UsageError, match=f"'{name}' computes on") as caught:
+        check_device(name, gpu=gpu)
+    assert ("trtexec" in caught.value.hint, "openvino" in caught.value.hint) == (gpu, not gpu)
+    check_device(name, gpu=not gpu)
+
+
+def test_without_trtexec_its_peer_is_not_installed(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(trtexec, "PLACES", ())
+    with pytest.raises(DependencyMissing, match="trtexec is not installed"):
+        find_kind("trtexec")
+
+
+def test_of_a_float_bundle_everyone_computes_in_float_but_who_quantizes(everything_installed):
     found = make_subjects(None, peers(), onnx=Path("x.onnx"), program=Path("x.pt2"))
     odd = {subject.name for subject in found if (subject.precision, subject.approximate) != ("fp32", False)}
     assert odd == {"ort-int8", "executorch-int8"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import time
 import types
 from typing import Any, ClassVar
@@ -45,7 +46,11 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
 
 
 class BuilderFlag(enum.Enum):
-    TF32, REFIT, STRIP_PLAN, VERSION_COMPATIBLE, SPARSE_WEIGHTS, GPU_FALLBACK = range(6)
+    TF32, REFIT, REFIT_IDENTICAL, STRIP_PLAN, VERSION_COMPATIBLE, SPARSE_WEIGHTS, GPU_FALLBACK = range(7)
+
+
+class HardwareCompatibilityLevel(enum.Enum):
+    NONE, AMPERE_PLUS, SAME_COMPUTE_CAPABILITY = range(3)
 
 
 class ProfilingVerbosity(enum.Enum):
@@ -88,14 +93,36 @@ class OnnxParser:
         return True
 
 
+class ITimingCache:
+    def __init__(self, blob: bytes) -> None:
+        self.blob = blob
+
+    def serialize(self) -> bytes:
+        return self.blob
+
+
 class IBuilderConfig:
     progress_monitor: Any = None
 
+    def __init__(self) -> None:
+        self.flags: set[BuilderFlag] = {BuilderFlag.TF32}
+        self._timings = ITimingCache(b"")
+
     def clear_flag(self, flag: BuilderFlag) -> None:
-        pass
+        self.flags.discard(flag)
 
     def set_flag(self, flag: BuilderFlag) -> None:
-        pass
+        self.flags.add(flag)
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
+        return ITimingCache(serialized_timing_cache)
+
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        self._timings = cache
+        return True
+
+    def get_timing_cache(self) -> ITimingCache:
+        return ITimingCache(self._timings.blob or b"timings")
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         pass
@@ -128,6 +155,9 @@ class Builder:
         monitor.phase_start("Building", None, 2)
         going = all([monitor.step_complete("Building", step) for step in range(2)])
         monitor.phase_finish("Building")
+        if BuilderFlag.STRIP_PLAN in config.flags:
+            for tensor in network.model.graph.initializer:
+                tensor.raw_data = bytes(np.asarray(onnx.numpy_helper.to_array(tensor)).nbytes)
         return network.model.SerializeToString() if going else None
 
 
@@ -164,8 +194,50 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> Any:
         return onnx.helper.tensor_dtype_to_np_dtype(self.values[name].type.tensor_type.elem_type)
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size.dim_value or -1 for size in self.values[name].type.tensor_type.shape.dim)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [tuple(abs(size) for size in self.get_tensor_shape(name))] * 3
+
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector(self.model)
+
     def create_execution_context(self, *_config: Any) -> IExecutionContext | None:
         return None if self.model.producer_name == "starts never" else IExecutionContext(self)
+
+
+class LayerInformationFormat(enum.Enum):
+    ONELINE, JSON = range(2)
+
+
+class EngineInspector:
+    """Describes every node as a layer, in TensorRT 10's words; what reads dequantized tensors reads int8."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._graph = model.graph
+        self.execution_context: Any = None
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        return json.dumps({"Layers": [self._layer(node) for node in self._graph.node]})
+
+    def _layer(self, node: onnx.NodeProto) -> dict[str, Any]:
+        kind = "Convolution" if node.op_type in ("Conv", "Gemm", "MatMul") else node.op_type
+        return {
+            "Name": node.name,
+            "LayerType": kind,
+            "Inputs": [{"Format/Datatype": f"Row major {self._type(name)} format"} for name in node.input[:2]],
+            "Metadata": f"[ONNX Layer: {node.name}]",
+        }
+
+    def _type(self, name: str) -> str:
+        if any(node.op_type == "DequantizeLinear" and name in node.output for node in self._graph.node):
+            return "Int8"
+        values = (*self._graph.value_info, *self._graph.input, *self._graph.output)
+        kinds = {value.name: value.type.tensor_type.elem_type for value in values}
+        kinds |= {tensor.name: tensor.data_type for tensor in self._graph.initializer}
+        half = {onnx.TensorProto.FLOAT16: "FP16", onnx.TensorProto.BFLOAT16: "BF16"}
+        return half.get(kinds.get(name, onnx.TensorProto.FLOAT), "FP32")
 
 
 class Weights:

@@ -6,9 +6,10 @@ import enum
 from typing import Any
 
 import tensorrt
-from tensorrt import ILogger, IProfiler, TensorIOMode, TensorLocation, nptype
+from tensorrt import *  # noqa: F403
+from tensorrt import nptype
 
-__all__ = ["ILogger", "IProfiler", "TensorIOMode", "TensorLocation", "nptype"]
+__all__ = ["nptype"]
 __version__ = "1.7.1.116"
 
 compilations = 0
@@ -20,6 +21,22 @@ class CudaGraphStrategy(enum.Enum):
 
 class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     LAZY, EAGER, NONE = range(3)
+
+
+class ComputeCapability(enum.Enum):
+    NONE, CURRENT, SM75, SM80, SM86, SM89, SM120, SM121 = range(8)
+
+
+class IBuilderConfig(tensorrt.IBuilderConfig):
+    num_compute_capabilities = 0
+
+    def set_compute_capability(self, compute_capability: ComputeCapability, index: int) -> bool:
+        return index < self.num_compute_capabilities
+
+
+class Builder(tensorrt.Builder):
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
 
 
 class Runtime(tensorrt.Runtime):

@@ -50,6 +50,17 @@ SHARED: dict[str, dict[str, str | None]] = {
         "set_memory_pool_limit": "pool, pool_size",
         "set_timing_cache": "cache, ignore_mismatch",
     },
+    "EngineInspector": {"execution_context": None, "get_engine_information": "format"},
+    "ICudaEngine": {
+        "create_engine_inspector": "",
+        "create_execution_context": "strategy",
+        "get_tensor_mode": "name",
+        "get_tensor_name": "index",
+        "get_tensor_profile_shape": "name, profile_index",
+        "get_tensor_shape": "name",
+        "num_io_tensors": None,
+    },
+    "IExecutionContext": {"set_input_shape": "name, shape"},
     "ILayer": {"metadata": None, "name": None, "type": None},
     "ILogger": {"ERROR": None, "INTERNAL_ERROR": None, "WARNING": None, "log": "severity, msg"},
     "INetworkDefinition": {"get_input": "index", "get_layer": "index", "num_inputs": None, "num_layers": None},
@@ -60,6 +71,7 @@ SHARED: dict[str, dict[str, str | None]] = {
         "step_complete": "phase_name, step",
     },
     "ITensor": {"name": None, "shape": None},
+    "LayerInformationFormat": {"JSON": None},
     "ITimingCache": {"serialize": ""},
     "LayerType": {"CONSTANT": None},
     "MemoryPoolType": {"WORKSPACE": None},
@@ -73,8 +85,9 @@ SHARED: dict[str, dict[str, str | None]] = {
     },
     "ParserError": {"desc": "", "node": "", "node_name": ""},
     "ProfilingVerbosity": {"DETAILED": None},
+    "TensorIOMode": {"INPUT": None},
     "Refitter": {"__init__": "engine, logger", "get_all_weights": ""},
-    "Runtime": {"__init__": "logger", "deserialize_cuda_engine": None},
+    "Runtime": {"__init__": "logger", "deserialize_cuda_engine": None, "engine_host_code_allowed": None},
 }
 """Class → member → parameters; None for what is no function."""
 
@@ -130,6 +143,10 @@ def test_the_table_above_lists_all_that_the_source_names() -> None:
             if isinstance(owner, ast.Name) and owner.id in (
                 "config",
                 "builder",
+                "runtime",
+                "engine",
+                "context",
+                "inspector",
                 "network",
                 "parser",
                 "tensor",
