@@ -183,3 +183,10 @@ def test_an_opset_that_changes_an_operator_is_not_raised() -> None:
     assert narrow(graph, "fp16").graph.opset == 18
     with pytest.raises(ModelRefused, match="a scale for each channel from 21 on"):
         narrow(graph, "bf16")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("graph", [small_graph(), quantized_graph()], ids=["float", "quantized"])
+def test_a_graph_is_narrowed_once(graph: OnnxGraph, precision: str) -> None:
+    once = narrow(with_shapes(graph), precision).graph
+    assert narrow(once, precision).graph.serialized == once.serialized
