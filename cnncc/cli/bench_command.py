@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--rounds", type=click.IntRange(2, 10_000), default=12, show_default=True, help="Interleaved rounds.")
 @click.option("--min-time", type=click.FloatRange(0.01), default=3.0, show_default=True, help="Seconds per engine.")
 @click.option("--batch", type=click.IntRange(1), help="Batch size, where several were built.  [default: the smallest]")
+@click.option("--cuda-graph", is_flag=True, help="Launch our engine on a GPU as one CUDA graph.")
 @click.option(
     "--max-latency-ratio",
     "budgets",
@@ -47,6 +48,7 @@ def command(
     rounds: int,
     min_time: float,
     batch: int | None,
+    cuda_graph: bool,
     budgets: tuple[str, ...],
     output: Path | None,
     cache_dir: Path | None,
@@ -70,6 +72,7 @@ def command(
         cache=open_cache(cache_dir, render),
         reporter=render,
         also=tuple(limits),
+        cuda_graph=cuda_graph,
     )
     if output is not None:
         with atomic_file(output) as partial:

@@ -30,6 +30,11 @@ def test_both_times_are_measured_and_the_gpu_is_told(bundle: Make) -> None:  # n
     assert report["gpu"]["problem"].startswith("its clocks were not watched: "), "this driver tells no addresses"
 
 
+def test_a_cuda_graph_is_told(bundle: Make) -> None:  # noqa: F811
+    [ours] = bench(bundle(), "--against", "", "--cuda-graph")["subjects"]
+    assert ours["note"] == "launched as a CUDA graph; the engine alone is not"
+
+
 def test_trtexec_is_a_peer_of_the_same_gpu(bundle: Make, tmp_path: Path) -> None:  # noqa: F811
     program = tmp_path / "bin" / "trtexec"
     program.parent.mkdir()

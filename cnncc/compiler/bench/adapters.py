@@ -89,12 +89,14 @@ class CnnccAdapter:
 
     Args:
         options: ``unverified``, if anything, opens a bundle whose parity is pending; ``gpu`` is the device that an
-            engine for GPUs must run on, in CUDA's order.
+            engine for GPUs must run on, in CUDA's order; ``cuda_graph``, if anything, launches it as one graph.
     """
 
     def __init__(self, options: dict[str, str]) -> None:
         self._unverified = bool(options.get("unverified"))
         self._gpu = options.get("gpu", "")
+        self._cuda_graph = bool(options.get("cuda_graph"))
+        self.note = "launched as a CUDA graph; the engine alone is not" if self._cuda_graph else ""
         self._session: Any = None
         self._feeds: dict[str, Array] = {}
 
@@ -108,7 +110,9 @@ class CnnccAdapter:
         """Open the bundle."""
         import cnncc_runtime.session
 
-        session = cnncc_runtime.session.open(path, threads=threads, allow_unverified=self._unverified)
+        session = cnncc_runtime.session.open(
+            path, threads=threads, allow_unverified=self._unverified, cuda_graph=self._cuda_graph
+        )
         self._session = session.__enter__()
         gpu = getattr(session, "gpu", None)
         if self._gpu and gpu is not None and str(gpu.index) != self._gpu:

@@ -91,6 +91,7 @@ def open_field(
     batch: int,
     cache: Cache,
     also: Sequence[str] = (),
+    cuda_graph: bool = False,
     lenient: bool = False,
 ) -> Iterator[Field]:
     """Find or make the models that a bundle's peers open; they are gone when the context ends.
@@ -101,6 +102,7 @@ def open_field(
         batch: Batch size, where several were built; 0 takes the smallest.
         cache: Where the exported program lies that PyTorch runs.
         also: Peers beside those, where they are not among them.
+        cuda_graph: Whether the bundle's engine is launched as one CUDA graph.
         lenient: Whether to go on without peers that are not installed, cannot convert the model or fail; the report
             names them with their reasons.
 
@@ -120,19 +122,20 @@ def open_field(
     on_gpu = bool(manifest.target.gpu)
     gpu = host_gpu(manifest.target.gpu).index if on_gpu else None
     referee = Referee(lenient=lenient)
+    if cuda_graph and not on_gpu:
+        raise UsageError("--cuda-graph is for engines for GPUs", hint="leave it out")
     subjects = [Subject(OURS, OURS, path, _executed(bundle))]
     feeds = random_feeds(manifest.inputs, seed=0, batch=_batch(bundle, batch))
-    with tempfile.TemporaryDirectory(prefix="cnncc-peers-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="cnncc-peers-") as folder:
         for peer in dict.fromkeys((*(USUAL_PEERS[on_gpu] if against is None else against), *also)):
             with referee.watch(peer):
                 check_device(peer, gpu=on_gpu)
-                subjects += _peer(peer, bundle, cache, folder)
+                subjects += _peer(peer, bundle, cache)
         if gpu is not None:
-            options = {"gpu": str(gpu), "precision": _half(bundle)}
+            options = {"gpu": str(gpu), "precision": _half(bundle), "cuda_graph": "yes" if cuda_graph else ""}
             subjects = [replace(subject, options=options) for subject in subjects]
         limit = BF16_AGREEMENT if _half(bundle) == BF16 else AGREEMENT_LIMIT
-        yield Field(convert_subjects(subjects, folder, referee), feeds, referee, gpu, limit)
+        yield Field(convert_subjects(subjects, Path(folder), referee), feeds, referee, gpu, limit)
 
 
 def bench_bundle(
@@ -146,6 +149,7 @@ def bench_bundle(
     cache: Cache,
     reporter: Reporter,
     also: Sequence[str] = (),
+    cuda_graph: bool = False,
 ) -> BenchmarkReport:
     """Measure a bundle beside its peers on seeded random inputs.
 
@@ -159,21 +163,18 @@ def bench_bundle(
         cache: Where the exported program lies that PyTorch runs.
         reporter: Told of progress.
         also: Peers beside those, where they are not among them.
+        cuda_graph: Whether the bundle's engine is launched as one CUDA graph.
 
     Raises:
         CnnccError: As `open_field` and `cnncc.compiler.bench.runner.run_benchmark`.
     """
-    with open_field(path, against, batch=batch, cache=cache, also=also) as field:
+    with open_field(path, against, batch=batch, cache=cache, also=also, cuda_graph=cuda_graph) as field:
         return field.measure(threads=threads, rounds=rounds, min_time=min_time, reporter=reporter)
 
 
-def _peer(name: str, bundle: Bundle, cache: Cache, folder: Path) -> tuple[Subject, ...]:
+def _peer(name: str, bundle: Bundle, cache: Cache) -> tuple[Subject, ...]:
     kind, half = KINDS[name], _half(bundle)
     onnx = bundle.file(REFERENCE) if bundle.has(REFERENCE) else None
-    if onnx is not None and half and kind.form == "onnx":
-        from cnncc.compiler.bench.half_model import write_half
-
-        onnx = write_half(onnx, half, bundle.manifest.batches, folder)
     program = None
     if kind.form == "program":
         with contextlib.suppress(*([UsageError] if kind.fallback else [])):

@@ -10,18 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
 
 from cnncc.compiler.bench import trtexec
 from cnncc.compiler.bench.gpu_adapters import OnnxRuntimeCudaAdapter, TorchCudaAdapter, open_without_fallback
-from cnncc.compiler.bench.half_model import write_half
 from cnncc.compiler.bench.runner import run_benchmark
 from cnncc.compiler.bench.subjects import Subject
 from cnncc.compiler.bench.trtexec import parse_outputs, parse_times, parse_version
-from cnncc.graph.reader import load_trusted
 from cnncc_runtime.errors import ModelRefused, RunFailed, TargetUnavailable
 from cnncc_runtime.specs import TensorSpec
 from tests.targets.conformance import feeds_of, small_graph
@@ -149,16 +146,6 @@ class TestPyTorch:
         assert adapter.note in ("", "channels last")
         assert not torch.backends.cuda.matmul.allow_tf32
         assert not torch.backends.cudnn.allow_tf32
-
-
-@pytest.mark.parametrize(
-    ("precision", "kind"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)]
-)
-def test_peers_of_half_precision_get_the_graph_in_it(precision: str, kind: int, model: Path, tmp_path: Path) -> None:
-    made = load_trusted(write_half(model, precision, (), tmp_path))
-    weights = {tensor.data_type for tensor in made.proto.graph.initializer if len(tensor.dims) == 4}
-    assert weights == {kind}
-    assert [spec.dtype for spec in (*made.inputs, *made.outputs)] == ["float32", "float32"]
 
 
 # As sampleReporting.cpp writes them: an object per inference, with the marks of both clocks, in milliseconds.
