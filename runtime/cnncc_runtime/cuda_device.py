@@ -163,7 +163,9 @@ class CudaDevice:
         try:
             work()
         except BaseException:
-            driver.cuStreamEndCapture(self._stream)  # the stream would stay in capture
+            status, graph = driver.cuStreamEndCapture(self._stream)  # the stream would stay in capture
+            if status == self._success:
+                driver.cuGraphDestroy(graph)
             raise
         graph = self._call(driver.cuStreamEndCapture, self._stream)
         try:

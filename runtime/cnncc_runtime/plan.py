@@ -39,6 +39,21 @@ class _Tensor:
     hosts: Mapping[int, NDArray[Any]]
 
 
+@dataclass
+class _Execution:
+    """What executes an engine.
+
+    Attributes:
+        context: The library's.
+        batch: The batch size that it was told; None before.
+        graph: Launches all of a run at once; None until it was captured.
+    """
+
+    context: Any
+    batch: int | None = None
+    graph: Callable[[], None] | None = None
+
+
 class Plan:
     """A plan, opened; the GPU must be current whenever it is used.
 
@@ -89,13 +104,12 @@ class Plan:
             digest = manifest.files[manifest.engine.file].sha256
             self._jit = JitCache(digest, gpu.name, str(library))
             self._config = self._runtime_config(self._jit, cuda_graph=cuda_graph)
-        self._context = self._new_context()
-        self._graphs: dict[int, Callable[[], None]] | None = {} if cuda_graph and self._jit is None else None
+        # TensorRT-RTX captures graphs by itself
+        self._captures = cuda_graph and self._jit is None
         self._inputs = [self._tensor(spec, manifest.batches) for spec in manifest.inputs]
         self._outputs = [self._tensor(spec, manifest.batches) for spec in manifest.outputs]
-        for tensor in (*self._inputs, *self._outputs):
-            self._context.set_tensor_address(tensor.spec.name, tensor.address)
-        self._shaped: int | None = None
+        self._executions: dict[int, _Execution] = {}
+        self._execution(min(manifest.batches, default=0))  # says now what it lacks
         self._ran: set[int] = set()
 
     def run(self, batch: int, feeds: Feeds) -> Tensors:
@@ -106,95 +120,101 @@ class Plan:
         """
         for tensor in self._inputs:
             np.copyto(tensor.hosts[batch], feeds[tensor.spec.name])
-        self._shape(batch)
-        self._launch(batch)
+        execution = self._execution(batch)
+        if execution.graph is not None:
+            execution.graph()
+        else:
+            self._shape(execution, batch)
+            self._enqueue_all(execution, batch)
         self._device.synchronize()
         if batch not in self._ran:
             self._ran.add(batch)
             self._keep_compiled()
+            if self._captures:  # only now: the first run after a change of shapes sets up what cannot be captured
+                execution.graph = self._captured(execution, batch)
         return {tensor.spec.name: tensor.hosts[batch].copy() for tensor in self._outputs}
 
-    def load(self, batch: int, feeds: Feeds) -> None:
-        """Copy inputs to the GPU.
-
-        Raises:
-            RunFailed: The driver refuses.
-        """
-        for tensor in self._inputs:
-            np.copyto(tensor.hosts[batch], feeds[tensor.spec.name])
-            self._device.upload(tensor.address, tensor.hosts[batch])
-        self._shape(batch)
-        self._device.synchronize()
-
-    def enqueue(self) -> None:
-        """Enqueue what the engine computes, on inputs that are on the GPU.
-
-        Raises:
-            RunFailed: The engine refuses.
-        """
-        if not self._context.execute_async_v3(self._device.stream):
-            raise self._failed("the engine failed")
-
-    def profile(self, batch: int, runs: int) -> tuple[tuple[str, float], ...]:
-        """Return the kernels' times; in a context of its own, since a profiler cannot be taken off again.
+    def seconds(self, batch: int, feeds: Feeds, runs: int) -> tuple[float, ...]:
+        """Return the GPU's time of each run, on inputs that are on it; the first run is not counted.
 
         Raises:
             RunFailed: The engine failed.
         """
-        profiler = _profiler_of(self._trt)
-        plain, plain_batch = self._context, self._shaped
-        self._context, self._shaped = self._new_context(), None
-        try:
-            self._context.profiler = profiler
-            for tensor in (*self._inputs, *self._outputs):
-                self._context.set_tensor_address(tensor.spec.name, tensor.address)
-            self._shape(batch)
-            for run in range(runs + 1):
-                self.enqueue()
-                self._device.synchronize()
-                if run == 0:
-                    profiler.times.clear()
-        finally:
-            self._context, self._shaped = plain, plain_batch
+        self._load(batch, feeds)
+        execution = _Execution(self._new_context()) if self._captures else self._execution(batch)
+        self._shape(execution, batch)
+        return tuple(self._device.seconds(lambda: self._enqueue(execution)) for _ in range(runs + 1))[1:]
+
+    def profile(self, batch: int, feeds: Feeds, runs: int) -> tuple[tuple[str, float], ...]:
+        """Return the kernels' times; by a context of its own, since a profiler cannot be taken off again.
+
+        Raises:
+            RunFailed: The engine failed.
+        """
+        self._load(batch, feeds)
+        execution = _Execution(self._new_context())
+        execution.context.profiler = profiler = _profiler_of(self._trt)
+        self._shape(execution, batch)
+        for run in range(runs + 1):
+            self._enqueue(execution)
+            self._device.synchronize()
+            if run == 0:
+                profiler.times.clear()
         return tuple((name, median(times)) for name, times in profiler.times.items())
 
     def close(self) -> None:
         """Keep what was compiled, and let go of the engine before the memory it uses goes."""
         self._keep_compiled()
-        self._context = self._config = self._compiled = self._engine = self._runtime = None
+        self._executions.clear()
+        self._config = self._compiled = self._engine = self._runtime = None
 
-    def _launch(self, batch: int) -> None:
-        graphs = self._graphs
-        if graphs is None or batch not in self._ran:  # the first run sets up what cannot be captured
-            self._enqueue_all(batch)
-            return
-        if batch not in graphs:
-            graphs[batch] = self._device.capture(lambda: self._enqueue_all(batch))
-        graphs[batch]()
+    def _execution(self, batch: int) -> _Execution:
+        """Return what runs a batch size: one for all, or one for each graph, which holds its context's state."""
+        key = batch if self._captures else 0
+        if key not in self._executions:
+            self._executions[key] = _Execution(self._new_context())
+        return self._executions[key]
 
-    def _enqueue_all(self, batch: int) -> None:
+    def _load(self, batch: int, feeds: Feeds) -> None:
+        for tensor in self._inputs:
+            np.copyto(tensor.hosts[batch], feeds[tensor.spec.name])
+            self._device.upload(tensor.address, tensor.hosts[batch])
+        self._device.synchronize()
+
+    def _enqueue(self, execution: _Execution) -> None:
+        if not execution.context.execute_async_v3(self._device.stream):
+            raise self._failed("the engine failed")
+
+    def _enqueue_all(self, execution: _Execution, batch: int) -> None:
         for tensor in self._inputs:
             self._device.upload(tensor.address, tensor.hosts[batch])
-        self.enqueue()
+        self._enqueue(execution)
         for tensor in self._outputs:
             self._device.download(tensor.hosts[batch], tensor.address)
 
-    def _shape(self, batch: int) -> None:
+    def _captured(self, execution: _Execution, batch: int) -> Callable[[], None]:
+        try:
+            return self._device.capture(lambda: self._enqueue_all(execution, batch))
+        except RunFailed as exc:
+            said = f"the engine cannot be launched as a CUDA graph: {exc.message}"
+            raise RunFailed(said, hint="open it without cuda_graph") from exc
+
+    def _shape(self, execution: _Execution, batch: int) -> None:
         """Tell the engine the batch size, where it is not the last run's."""
-        if batch == self._shaped:
+        if batch == execution.batch:
             return
-        self._shaped = None
+        context, execution.batch = execution.context, None
         for tensor in self._inputs:
-            if not self._context.set_input_shape(tensor.spec.name, tensor.hosts[batch].shape):
+            if not context.set_input_shape(tensor.spec.name, tensor.hosts[batch].shape):
                 raise self._failed(f"the engine does not take batch size {batch}")
         for tensor in self._outputs:
-            found, wanted = tuple(self._context.get_tensor_shape(tensor.spec.name)), tensor.hosts[batch].shape
+            found, wanted = tuple(context.get_tensor_shape(tensor.spec.name)), tensor.hosts[batch].shape
             if found != wanted:  # it would write beyond the buffer
                 raise RunFailed(
                     f"the engine's output '{tensor.spec.name}' is {list(found)}, the manifest says {list(wanted)}",
                     hint="build the bundle again",
                 )
-        self._shaped = batch
+        execution.batch = batch
 
     def _runtime_config(self, jit: JitCache, *, cuda_graph: bool) -> Any:
         """Return what TensorRT-RTX compiles and launches kernels by."""
@@ -214,6 +234,8 @@ class Plan:
         context = self._engine.create_execution_context(*([] if self._config is None else [self._config]))
         if context is None:
             raise self._failed("the engine cannot be started")
+        for tensor in (*self._inputs, *self._outputs):
+            context.set_tensor_address(tensor.spec.name, tensor.address)
         return context
 
     def _keep_compiled(self) -> None:

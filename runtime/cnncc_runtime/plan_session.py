@@ -1,7 +1,8 @@
 """The session of plans: runs what TensorRT or TensorRT-RTX built, on the GPU that it was built for.
 
 Inputs are copied into pinned memory, from there to the GPU, and the outputs back; buffers are made once, for the
-largest batch. As one CUDA graph (``cuda_graph``) all of that is a single launch, recorded at a batch size's second run.
+largest batch. As one CUDA graph (``cuda_graph``) all of that is a single launch, captured after a batch size's
+first run.
 
 CUDA does not survive a fork: a session works in the process that opened it.
 """
@@ -116,8 +117,7 @@ class PlanSession:
         with self._lock:
             self._check_open()
             with self._device:
-                self._plan.load(batch, feeds)
-                return tuple(self._device.seconds(self._plan.enqueue) for _ in range(runs + 1))[1:]
+                return self._plan.seconds(batch, feeds, runs)
 
     def profile(self, feeds: Feeds, runs: int) -> tuple[tuple[str, float], ...]:
         """Run the engine with a clock around each kernel.
@@ -137,8 +137,7 @@ class PlanSession:
         with self._lock:
             self._check_open()
             with self._device:
-                self._plan.load(batch, feeds)
-                return self._plan.profile(batch, runs)
+                return self._plan.profile(batch, feeds, runs)
 
     def close(self) -> None:
         """Free the engine; arrays that it returned stay valid. Closing twice is harmless."""

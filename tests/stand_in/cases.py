@@ -274,6 +274,20 @@ def test_an_engine_that_fails_leaves_a_session_to_be_closed(bundle: Make) -> Non
                     session.run(feeds())
 
 
+def test_an_engine_that_cannot_be_captured_says_so(bundle: Make) -> None:
+    path = bundle(engine=plan(2, "captured never"))
+    with (
+        cnncc_runtime.open(path, cuda_graph=True) as session,
+        pytest.raises(
+            RunFailed, match="cannot be launched as a CUDA graph: the engine failed: what shapes need"
+        ) as caught,
+    ):
+        session.run(feeds())
+    assert caught.value.hint == "open it without cuda_graph"
+    with cnncc_runtime.open(path) as session:
+        check(session.run(feeds()), feeds())
+
+
 def test_a_batch_that_the_plan_does_not_take_leaves_the_others(bundle: Make) -> None:
     with cnncc_runtime.open(bundle(batches=(1, 3))) as session:
         with pytest.raises(RunFailed, match="the engine does not take batch size 3: 3 is not in the profile"):

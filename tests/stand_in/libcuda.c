@@ -133,6 +133,7 @@ int cuLaunchHostFunc(stream *s, host_function function, void *data) {
 int cuStreamBeginCapture_v2(stream *s, int mode) {
     IN_CONTEXT; s->captured = calloc(1, sizeof(graph)); alive++; return SUCCESS;
 }
+int cuStreamIsCapturing(stream *s, int *status) { *status = s->captured != NULL; return SUCCESS; }
 int cuStreamEndCapture(stream *s, graph **made) { IN_CONTEXT; *made = s->captured; s->captured = NULL; return SUCCESS; }
 int cuGraphInstantiateWithFlags(graph **executable, graph *g, unsigned long long flags) {
     IN_CONTEXT; *executable = malloc(sizeof **executable); **executable = *g; alive++; return SUCCESS;

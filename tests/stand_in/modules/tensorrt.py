@@ -284,6 +284,7 @@ class IExecutionContext:
         self._run = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._set_up: dict[str, tuple[int, ...]] = {}
         self.profiler: Any = None
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -306,7 +307,12 @@ class IExecutionContext:
         if self._engine.model.producer_name == "runs never":
             self._engine.logger.log(ILogger.ERROR, "no kernel for this GPU")
             return False
-        shapes = dict(self._shapes)
+        driver, capturing = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        driver.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(capturing))
+        if capturing.value and (self._shapes != self._set_up or self._engine.model.producer_name == "captured never"):
+            self._engine.logger.log(ILogger.ERROR, "what shapes need is not set up")
+            return False
+        self._set_up = shapes = dict(self._shapes)
 
         def work(_data: int | None) -> None:
             start = time.perf_counter()
@@ -319,7 +325,6 @@ class IExecutionContext:
                     self.profiler.report_layer_time(node.name, (time.perf_counter() - start) * 1e3)
 
         self._callbacks.append(_HOST_FUNCTION(work))
-        driver = ctypes.CDLL("libcuda.so.1")
         return not driver.cuLaunchHostFunc(ctypes.c_void_p(stream), self._callbacks[-1], None)
 
     def _array(self, name: str, shape: tuple[int, ...]) -> Any:
