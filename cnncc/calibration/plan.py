@@ -7,6 +7,7 @@ pair; operators that only choose or move elements have the same scale before and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ QUANTIZATION = frozenset(
 
 PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 """Operators that multiply by weights. ConvTranspose stays in float: TensorRT computes no int8 for it (docs/qdq.md)."""
+
+FEWEST = 4
+"""Products in a sum up to which a convolution over one pixel, as in squeeze-and-excite, stays in float: int8 gains
+nothing there, and TensorRT-RTX computes it in float anyhow (`cnncc.calibration.lint_rules.floating`)."""
 
 _MOVERS = frozenset(
     (
@@ -103,7 +108,7 @@ def layers_of(graph: OnnxGraph) -> tuple[Layer, ...]:
 
 
 def unsupported(graph: OnnxGraph, layers: Iterable[Layer]) -> tuple[onnx.NodeProto, ...]:
-    """Return the products that are no layers, and so stay in float: transposed, or without constant weights."""
+    """Return the products that are no layers, and so stay in float: transposed, small, or without constant weights."""
     known = {layer.node for layer in layers}
     return tuple(node for node in graph.nodes if node.op_type in PRODUCTS and node.name not in known)
 
@@ -176,10 +181,20 @@ def _layer(graph: OnnxGraph, node: onnx.NodeProto) -> Layer | None:
         return None
     if node.op_type == "MatMul" and len(weight.dims) != 2:
         return None
+    if node.op_type == "Conv" and math.prod(weight.dims[1:]) <= FEWEST and _one_pixel(graph, node.output[0]):
+        return None
     bias = node.input[2] if len(node.input) > 2 else ""
     if bias and bias not in graph.constants:
         return None  # a computed bias cannot be corrected
     return Layer(node.name, node.op_type, module_path(node), node.input[0], node.output[0], node.input[1], axis, bias)
+
+
+def _one_pixel(graph: OnnxGraph, name: str) -> bool:
+    """Whether a tensor is known to be an image of one pixel."""
+    for value in graph.proto.graph.value_info:
+        if value.name == name:
+            return all(dim.dim_value == 1 for dim in value.type.tensor_type.shape.dim[2:])
+    return False
 
 
 def _channel_axis(node: onnx.NodeProto) -> int | None:

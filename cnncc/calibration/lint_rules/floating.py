@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx
 
 from cnncc.calibration.lint_rules.rule import GPU, RTX, Issues, Rule
@@ -16,6 +18,7 @@ from cnncc.calibration.lint_rules.view import (
     View,
     is_standard,
 )
+from cnncc.calibration.plan import FEWEST
 from cnncc.graph.draft import attribute
 from cnncc.graph.names import place
 
@@ -70,6 +73,16 @@ def _transposed_convolution(view: View) -> Issues:
     for layer in view.layers:
         if layer.node.op_type == "ConvTranspose" and layer.whole:
             yield layer.node, "a quantized transposed convolution is computed in float, and loses accuracy all the same"
+
+
+def _one_pixel(view: View) -> Issues:
+    for layer in view.layers:
+        made = view.shape(layer.node.output[0])
+        if layer.node.op_type != "Conv" or not layer.whole or made is None or {made[0], *made[2:]} != {1}:
+            continue
+        sizes = [size for size in (view.shape(layer.node.input[layer.weight_index]) or ())[1:] if isinstance(size, int)]
+        if math.prod(sizes) <= FEWEST:
+            yield layer.node, "it makes one pixel of sums of at most four products, and is computed in float"
 
 
 def _pool_split(view: View) -> Issues:
@@ -170,6 +183,14 @@ RULES = (
         "leave it in float, and name it among the layers that stay so",
         f"{_PROBE}, whatever the axis, the groups and the compute capability",
         _transposed_convolution,
+    ),
+    Rule(
+        "one-pixel",
+        "float",
+        (RTX,),
+        "leave it in float, and name it among the layers that stay so",
+        f"{_PROBE} for one to four channels, a batch of one and one pixel; int8 for five, for two images, for Gemm",
+        _one_pixel,
     ),
     Rule(
         "pool-split",

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
+from cnncc.calibration.lint import lint
+from cnncc.calibration.plan import layers_of
 from cnncc.compiler.audit import audit, executed
 from cnncc.compiler.half import narrow
 from cnncc.graph.onnx_graph import OnnxGraph
@@ -19,6 +21,7 @@ from cnncc.targets.cuda.vendors import VENDORS, Chosen
 from cnncc.targets.devices import resolve_profile
 from cnncc_runtime.bundle import LayerRecord
 from tests.calibration import patterns
+from tests.calibration.qdq_builder import SCALE, QdqBuilder
 from tests.calibration.rtx import LAYERS, VERSION, scan_plan, tensorrt_rtx
 from tests.targets.conformance import graph_of, small_graph
 
@@ -111,6 +114,30 @@ def test_executed_types_are_those_of_the_plan_and_the_audit_finds_float_layers(
     assert found == expected
     if pattern.rtx == "int8":
         assert audit(graph, engine.layers).fallbacks == ()
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(1, "float32"), (4, "float32"), (5, "int8")])
+def test_one_pixel_of_few_products_is_float_and_the_lint_knows(channels: int, kind: str, tmp_path: Path) -> None:
+    tensorrt_rtx()
+    b, none = QdqBuilder(), [0, 0, 0, 0]
+    pixel = b.qdq(b.op("GlobalAveragePool", b.input("x", 1, 16, 8, 8)), SCALE)
+    squeezed = b.op("Relu", b.conv(pixel, b.weight(channels, 16, 1, 1), channels, "squeeze", pads=none))
+    graph = with_shapes(b.graph(b.conv(b.qdq(squeezed), b.weight(16, channels, 1, 1), 16, "excite", pads=none)))
+    profile = resolve_profile("sm89")
+    engine = CudaTarget(profile).build(graph, BuildOptions(profile), tmp_path)
+    assert executed(engine.layers) == {"squeeze": "int8", "excite": kind}
+    found = [finding.rule for finding in lint(graph) if finding.severity == "float"]
+    assert found == (["one-pixel"] if kind == "float32" else [])
+
+
+@pytest.mark.parametrize(("channels", "layers"), [(4, ["squeeze"]), (5, ["squeeze", "excite"])])
+def test_such_a_layer_is_not_quantized(channels: int, layers: list[str]) -> None:
+    b, none = QdqBuilder(), [0, 0, 0, 0]
+    pixel = b.op("GlobalAveragePool", b.input("x", 1, 16, 8, 8))
+    squeezed = b.op("Relu", b.conv(pixel, b.floats(channels, 16, 1, 1), channels, "squeeze", pads=none))
+    gate = b.conv(squeezed, b.floats(16, channels, 1, 1), 16, "excite", pads=none)
+    graph = b.graph(b.op("Sigmoid", gate))
+    assert [layer.node for layer in layers_of(graph)] == layers
 
 
 def test_the_audit_names_layers_that_old_gpus_compute_in_float(tmp_path: Path) -> None:
