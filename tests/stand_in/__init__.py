@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,12 @@ def environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join((str(MODULES), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep),
         "CNNCC_CACHE_DIR": str(folder / "cache"),
     }
+
+
+def install_trtexec(folder: Path) -> Path:
+    """Put the stand-in for TensorRT's program into a folder; return the file that it writes its calls into."""
+    folder.mkdir(exist_ok=True)
+    program = folder / "trtexec"
+    program.write_text(f"#!{sys.executable}\n{(HERE / 'trtexec.py').read_text(encoding='utf-8')}", encoding="utf-8")
+    program.chmod(0o755)
+    return folder / "calls"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import stat
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cli.harness import apart
-from tests.compiler.bench.test_gpu_peers import STAND_IN
+from tests.stand_in import install_trtexec
 from tests.stand_in.cases import Make, bundle  # noqa: F401 - a fixture
 
 SHORT = ("--rounds", "3", "--min-time", "0.05", "--threads", "1", "--json")
@@ -36,19 +34,16 @@ def test_a_cuda_graph_is_told(bundle: Make) -> None:  # noqa: F811
 
 
 def test_trtexec_is_a_peer_of_the_same_gpu(bundle: Make, tmp_path: Path) -> None:  # noqa: F811
-    program = tmp_path / "bin" / "trtexec"
-    program.parent.mkdir()
-    program.write_text(STAND_IN.format(python=sys.executable))
-    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    calls = install_trtexec(tmp_path / "bin")
     path = bundle(batches=(1, 4))
-    report = bench(path, "--against", "trtexec", "--batch", "4", PATH=f"{program.parent}:/usr/bin:/bin")
+    report = bench(path, "--against", "trtexec", "--batch", "4", PATH=f"{calls.parent}:/usr/bin:/bin")
     ours, theirs = report["subjects"]
     assert (theirs["name"], theirs["clock"]) == ("trtexec", "its own clock")
     assert ours["agreement"] < 1e-6
     [ratio] = report["ratios"]
     assert ratio["basis"] == "device"
     assert ratio["device"]["value"] == pytest.approx(ours["device"]["p50"] / 1.5e-3)
-    said = [json.loads(line) for line in (program.parent / "calls").read_text().splitlines()]
+    said = [json.loads(line) for line in calls.read_text().splitlines()]
     assert {call["device"] for call in said if "help" not in call} == {"0"}
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,9 @@ from cnncc.compiler.bench.runner import run_benchmark
 from cnncc.compiler.bench.subjects import Subject
 from cnncc.compiler.bench.trtexec import parse_outputs, parse_times, parse_version
 from cnncc_runtime.errors import ModelRefused, RunFailed, TargetUnavailable
+from cnncc_runtime.gpu import host_gpus
 from cnncc_runtime.specs import TensorSpec
+from tests.stand_in import install_trtexec
 from tests.targets.conformance import feeds_of, small_graph
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ class TestOnnxRuntime:
         assert not isinstance(caught.value, ModelRefused)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about PyTorch without a GPU")
+@pytest.mark.skipif(bool(host_gpus()), reason="this is about PyTorch without a GPU")
 def test_pytorch_that_finds_no_gpu_is_refused() -> None:
     with pytest.raises(TargetUnavailable, match="finds no GPU") as caught:
         TorchCudaAdapter({}).load()
@@ -203,48 +203,14 @@ class TestTrtexecsFiles:
 
 # Takes and writes what trtexec does, and computes with ONNX Runtime on the CPU; an inference takes 2 ms, 1.5 of them
 # on its GPU. Each call is noted in `calls`, beside it.
-STAND_IN = """#!{python}
-import json, pathlib, sys
-import numpy as np, onnxruntime
-here = pathlib.Path(__file__).parent
-flags = dict(argument.lstrip("-").partition("=")[::2] for argument in sys.argv[1:])
-with (here / "calls").open("a") as file:
-    file.write(json.dumps(flags) + "\\n")
-print("&&&& RUNNING TensorRT.trtexec [TensorRT v101601] # trtexec")
-if "help" in flags:
-    print("  --stronglyTyped  Create a strongly typed network.\\n  --noTF32\\n  --noCudaGraph  Disable CUDA graphs.")
-elif "onnx" in flags:
-    if (here / "broken").exists():
-        print("[11/28/2026-03:00:00] [E] Error[4]: the network is not strong enough")
-        sys.exit(1)
-    pathlib.Path(flags["saveEngine"]).write_bytes(pathlib.Path(flags["onnx"]).read_bytes())
-elif "exportTimes" in flags:
-    row = {{"h2dMs": 0.25, "computeMs": 1.5, "d2hMs": 0.25, "latencyMs": 2.0}}
-    pathlib.Path(flags["exportTimes"]).write_text(json.dumps([row] * int(flags["iterations"])))
-else:
-    session = onnxruntime.InferenceSession(flags["loadEngine"], providers=["CPUExecutionProvider"])
-    name, _, file = flags["loadInputs"].partition(":")
-    shape = flags["shapes"].partition(":")[2].split("x") if "shapes" in flags else session.get_inputs()[0].shape
-    x = np.fromfile(file, np.float32).reshape([int(size) for size in shape])
-    rows = [
-        {{"name": output.name, "dimensions": "x".join(map(str, value.shape)), "values": value.ravel().tolist()}}
-        for output, value in zip(session.get_outputs(), session.run(None, {{name: x}}))
-    ]
-    pathlib.Path(flags["exportOutput"]).write_text(json.dumps(rows))
-"""
-
-
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put the stand-in on the PATH and return the file of its calls."""
     folder = tmp_path / "bin"
-    folder.mkdir()
-    program = folder / "trtexec"
-    program.write_text(STAND_IN.format(python=sys.executable))
-    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    calls = install_trtexec(folder)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     monkeypatch.setattr("cnncc.compiler.bench.runner.WARM_UP_S", 0.01)
-    return folder / "calls"
+    return calls
 
 
 class TestTrtexec:
