@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.stand_in import build_driver, environment
+from tests.stand_in import build_driver, run_pytest
 
 
 def run(folder: Path, *arguments: str) -> str:
     """Run pytest where the stand-ins are; return what it printed."""
     build_driver(folder)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=300", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True)
+    done = run_pytest(folder, *arguments)
     assert done.returncode == 0, f"{done.stdout[-20000:]}{done.stderr[-2000:]}"
     assert " passed" in done.stdout
     return done.stdout

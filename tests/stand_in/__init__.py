@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+
 HERE = Path(__file__).parent
 MODULES = HERE / "modules"
 
@@ -41,6 +43,19 @@ def environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join((str(MODULES), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep),
         "CNNCC_CACHE_DIR": str(folder / "cache"),
     }
+
+
+def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run tests in a process that finds the stand-ins.
+
+    Args:
+        folder: Where the driver lies.
+        arguments: Of pytest.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=300"]
+    # a PyTorch that was built with CUDA finds that this driver lacks what it calls
+    command += ["-W", "ignore:CUDA initialization:UserWarning", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True)
 
 
 def install_trtexec(folder: Path) -> Path:

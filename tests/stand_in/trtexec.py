@@ -1,4 +1,4 @@
-"""A trtexec without a GPU: builds by copying the model, times itself by saying so, and writes down how it was called."""
+"""A trtexec without a GPU: builds by copying the model, says how long it took, and writes down how it was called."""
 
 from __future__ import annotations
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
-from tests.stand_in import build_driver, environment
+from tests.stand_in import build_driver, run_pytest
 
 
 def test_benchmarks_on_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     build_driver(tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/stand_in/bench_cases.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    done = run_pytest(tmp_path, "tests/stand_in/bench_cases.py")
     assert done.returncode == 0, f"{done.stdout[-20000:]}{done.stderr[-2000:]}"
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
