@@ -22,7 +22,7 @@ from cnncc_runtime.digests import canonical_json, digest_file
 from cnncc_runtime.golden import read_golden
 from cnncc_runtime.preprocess import Preprocessing
 from tests.cli.conftest import Digits, WriteModule
-from tests.cli.harness import DIGITS, STAGES, apart, call, leftovers, tree
+from tests.cli.harness import DIGITS, ROOT, STAGES, apart, call, leftovers, tree
 
 LAYERS = [*(f"features.{n}" for n in range(6)), *(f"classifier.{n}" for n in range(4))]
 CLOSE = 1e-4
@@ -467,6 +467,19 @@ def test_targets_lists_llvm_and_this_machine() -> None:
     assert document["devices"][0]["name"] == "host"
     assert document["devices"][0]["cpu"]
     assert "llvm" in call("targets").stdout
+
+
+def test_targets_lists_devices_with_their_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = call("targets").stdout
+    assert "raspberry-pi-4" in text
+    shutil.copy(ROOT / "cnncc" / "targets" / "devices" / "profiles" / "raspberry-pi-5.toml", tmp_path / "my-board.toml")
+    monkeypatch.setenv("CNNCC_DEVICES", str(tmp_path))
+    devices = {device["name"]: device for device in call("targets", "--json").document["devices"]}
+    assert {"cortex-a7", "my-board", "rtx4090"} <= devices.keys()
+    assert devices["my-board"]["file"] == str(tmp_path / "my-board.toml")
+    for fact in ("triple", "cpu", "features", "cores", "memory", "glibc", "description"):
+        assert devices["my-board"][fact] == devices["raspberry-pi-5"][fact] != ""
+    assert devices["cortex-a7"]["emulator"] == {"binary": "qemu-arm", "cpu": "cortex-a7"}
 
 
 def test_doctor_finds_a_machine_that_can_compile() -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnncc.targets.base import Profile
-from cnncc.targets.devices.isa import isa_of
-from cnncc.targets.devices.llvm_lists import features_of
+from cnncc.targets.devices.llvm_lists import attributes
 
 _KIB = 1024
 _X86 = 8
@@ -125,16 +124,7 @@ def machine_of(profile: Profile) -> Machine:
 
 
 def target_options(profile: Profile) -> dict[str, Any]:
-    """Return TVM's target description of a profile.
-
-    Every feature is spelt out: what the profile has is turned on, and what the CPU's name implies but the profile
-    lacks (hidden by a virtual machine, or taken away by the user) is turned off.
-    """
-    isa = isa_of(profile.triple)
-    relevant = frozenset(isa.features) if isa else frozenset()
-    implied = features_of(profile.triple, profile.cpu) & relevant
-    attributes = [f"+{feature}" for feature in profile.features]
-    attributes += [f"-{feature}" for feature in sorted(implied - frozenset(profile.features))]
+    """Return TVM's target description of a profile; every feature is spelt out."""
     options: dict[str, Any] = {
         "kind": "llvm",
         "mtriple": profile.triple,
@@ -142,8 +132,8 @@ def target_options(profile: Profile) -> dict[str, Any]:
         "num-cores": profile.cores,
         "opt-level": 3,
     }
-    if attributes:
-        options["mattr"] = attributes
+    if changes := attributes(profile):
+        options["mattr"] = list(changes)
     if profile.triple.startswith("arm"):
         options["mfloat-abi"] = "hard"
     if profile.triple.startswith("riscv64"):
