@@ -117,8 +117,9 @@ class Bare:
     def compiled(self, graph: OnnxGraph, profile: Profile) -> tuple[Any, Path]:
         """Return a graph's program, its kernels scheduled, and their library."""
         machine, target = machine_of(profile), tvm.target.Target(target_options(profile))
-        passes = (pipeline.simplify_passes(), pipeline.layout_passes(Plans(machine), {"main": KernelPolicy()}, Expansions()),
-                  pipeline.legalize_passes(machine), pipeline.fuse_passes(), pipeline.merge_passes())  # fmt: skip
+        layout = pipeline.layout_passes(Plans(machine), {"main": KernelPolicy()}, Expansions())
+        passes = (pipeline.simplify_passes(), layout, pipeline.legalize_passes(machine), pipeline.fuse_passes(),
+                  pipeline.merge_passes())  # fmt: skip
         with target, tvm.transform.PassContext(opt_level=3):
             module = import_graph(graph, "main")
             for some in passes:
