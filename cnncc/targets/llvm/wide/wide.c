@@ -43,42 +43,78 @@ HIDDEN int64_t __moddi3(int64_t number, int64_t divisor) {
     return with_sign(divided(size_of(number), size_of(divisor)).rest, number < 0);
 }
 
-/* Towards zero; `places` bits of the significand lie behind the point at exponent 0. */
-static int64_t fixed(uint64_t significand, int exponent, int places, int negative) {
-    if (exponent < 0)
+/* Numbers of a significand and an exponent, towards zero; `places` bits of the significand lie behind the point at
+ * exponent 0. */
+typedef struct {
+    uint64_t significand;
+    int exponent, places, negative;
+} Number;
+
+static uint64_t whole(Number number) {
+    if (number.exponent < 0)
         return 0;
-    if (exponent >= 63)
-        return negative ? INT64_MIN : INT64_MAX;
-    uint64_t size = exponent < places ? significand >> (places - exponent) : significand << (exponent - places);
-    return with_sign(size, negative);
+    int left = number.exponent - number.places;
+    return left < 0 ? number.significand >> -left : number.significand << left;
 }
 
-HIDDEN int64_t __fixsfdi(float number) {
+static int64_t fixed(Number number) {
+    if (number.exponent >= 63)
+        return number.negative ? INT64_MIN : INT64_MAX;
+    return with_sign(whole(number), number.negative);
+}
+
+static uint64_t fixed_unsigned(Number number) {
+    if (number.negative)
+        return 0;
+    return number.exponent >= 64 ? UINT64_MAX : whole(number);
+}
+
+static Number of_float(float value) {
     union {
-        float number;
+        float value;
         uint32_t bits;
-    } as = {number};
-    return fixed((as.bits & 0x7fffff) | 0x800000, (int)(as.bits >> 23 & 0xff) - 127, 23, as.bits >> 31);
+    } as = {value};
+    Number made = {(as.bits & 0x7fffff) | 0x800000, (int)(as.bits >> 23 & 0xff) - 127, 23, as.bits >> 31};
+    return made;
 }
 
-HIDDEN int64_t __fixdfdi(double number) {
+static Number of_double(double value) {
     union {
-        double number;
+        double value;
         uint64_t bits;
-    } as = {number};
+    } as = {value};
     uint64_t one = (uint64_t)1 << 52;
-    return fixed((as.bits & (one - 1)) | one, (int)(as.bits >> 52 & 0x7ff) - 1023, 52, as.bits >> 63);
+    Number made = {(as.bits & (one - 1)) | one, (int)(as.bits >> 52 & 0x7ff) - 1023, 52, as.bits >> 63};
+    return made;
 }
+
+HIDDEN int64_t __fixsfdi(float value) { return fixed(of_float(value)); }
+
+HIDDEN int64_t __fixdfdi(double value) { return fixed(of_double(value)); }
+
+HIDDEN uint64_t __fixunssfdi(float value) { return fixed_unsigned(of_float(value)); }
+
+HIDDEN uint64_t __fixunsdfdi(double value) { return fixed_unsigned(of_double(value)); }
 
 /* Both halves are exact; only their sum is rounded. */
 HIDDEN double __floatdidf(int64_t number) {
     return (double)(int32_t)(number >> 32) * 4294967296.0 + (double)(uint32_t)number;
 }
 
-/* Rounded once: bits that a double would round off become one, which tells a tie from what is beyond it. */
-HIDDEN float __floatdisf(int64_t number) {
+HIDDEN double __floatundidf(uint64_t number) {
+    return (double)(uint32_t)(number >> 32) * 4294967296.0 + (double)(uint32_t)number;
+}
+
+/* Rounded once: of numbers that a double does not hold, the bits that it would round off become one, which tells a tie
+ * from what is beyond it. */
+static uint64_t sticky(uint64_t size) {
     enum { LOST = (1 << 11) - 1 };
-    if (size_of(number) >> 53 && (number & LOST))
-        number = (number & ~(int64_t)LOST) | (LOST + 1);
-    return (float)__floatdidf(number);
+    return size >> 53 && (size & LOST) ? (size & ~(uint64_t)LOST) | (LOST + 1) : size;
+}
+
+HIDDEN float __floatundisf(uint64_t number) { return (float)__floatundidf(sticky(number)); }
+
+HIDDEN float __floatdisf(int64_t number) {
+    float size = __floatundisf(size_of(number));
+    return number < 0 ? -size : size;
 }
