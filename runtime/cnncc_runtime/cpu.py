@@ -277,8 +277,8 @@ def parse_features(cpuinfo: str) -> frozenset[str]:
 def parse_hwcaps(auxv: bytes, machine: str) -> frozenset[str]:
     """Return the LLVM features that the kernel offers this very process; on ARM, better than ``/proc/cpuinfo``.
 
-    A process of 32 bits on a kernel of 64 finds the features of 64 bits there, and one that is emulated those of another
-    machine.
+    A process of 32 bits on a kernel of 64 finds the features of 64 bits there, and one that is emulated those of
+    another machine.
 
     Args:
         auxv: The auxiliary vector: pairs of words.

@@ -348,6 +348,32 @@ def test_an_engine_for_another_machine_stays_pending(digits: Digits, tmp_path: P
     assert "which lacks" in refused.stderr
 
 
+@pytest.mark.parametrize(("device", "machine"), [("raspberry-pi-4", "aarch64"), ("cortex-a7", "arm")])
+def test_a_device_by_name_gets_an_engine_that_stays_pending(
+    digits: Digits, device: str, machine: str, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "board.cnncc"
+    outcome = call("compile", digits.model, "--weights", digits.weights, "--device", device, "-o", bundle)
+    assert "parity pending" in outcome.stdout
+    manifest = read_bundle(bundle).manifest
+    assert (manifest.target.device, manifest.target.machine, manifest.parity) == (device, machine, "pending")
+    assert manifest.toolchain["linker"]
+    refused = call("verify", bundle, code=3)
+    assert f"built for: {machine} ({device})" in refused.stderr
+
+
+def test_a_device_from_a_file_names_its_bundle(digits: Digits, tmp_path: Path) -> None:
+    ours = ROOT / "cnncc" / "targets" / "devices" / "profiles" / "x86-64-v2.toml"
+    board = tmp_path / "my-board.toml"
+    board.write_text(ours.read_text(encoding="utf-8"), encoding="utf-8")
+    arguments = ("compile", digits.model, "--weights", digits.weights, "--device", "host", "--device", board)
+    call(*arguments, "-o", tmp_path / "digits.cnncc")
+    assert read_bundle(tmp_path / "digits-llvm-my-board.cnncc").manifest.target.device == "my-board"
+    assert read_bundle(tmp_path / "digits-llvm-host.cnncc").manifest.target.device == "host"
+    board.write_text(board.read_text(encoding="utf-8").replace("cores", "corse"), encoding="utf-8")
+    assert "corse" in call(*arguments, "-o", tmp_path / "digits.cnncc", code=2).stderr
+
+
 def test_verify_on_the_device_records_the_verdict_of_a_pending_bundle(digits: Digits, copy: Path, image: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
     (copy / "manifest.json").write_bytes(canonical_json({**manifest, "parity": "pending"}))
