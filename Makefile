@@ -21,8 +21,10 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
     fonts-quicksand fonts-roboto-unhinted fonts-sil-charis fonts-sil-gentium fonts-texgyre fonts-tuffy fonts-urw-base35 \
     fonts-vollkorn fonts-yanone-kaffeesatz
 
-# What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine
-AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross
+# What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine; and
+# kernels for 32-bit ARM and RISC-V
+AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross \
+    gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross
 
 .PHONY: help setup demo test test-gpu aarch64 tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
@@ -32,7 +34,7 @@ help:
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
-	@echo 'make aarch64   what the tests run engines for AArch64 with; Debian packages only as root'
+	@echo 'make aarch64   what the tests run engines for ARM and RISC-V with; Debian packages only as root'
 	@echo 'make tensorrt   the bindings of TensorRT 10 and 11 that the tests hold our calls against'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
 	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
@@ -41,7 +43,7 @@ help:
 	@echo 'make calibration-cost   time and memory of calibrating ResNet-50, ours and ONNX Runtime'"'"'s'
 	@echo 'make quantizers   environments for ModelOpt and NNCF'
 	@echo 'make fonts   the Debian fonts that the networks of make accuracy are trained with (as root)'
-	@echo 'make threads   pool.ll of pool.c, where the latter was changed'
+	@echo 'make threads   pool.ll of pool.c and wide.ll of wide.c, where the latter were changed'
 	@echo 'make zoo     every architecture, light and heavy'
 	@echo 'make clean   remove .venv and build outputs'
 
@@ -72,7 +74,7 @@ aarch64: build/aarch64/.ready
 	        apt-get update -qq || true; \
 	        apt-get install --yes -qq --no-install-recommends $(AARCH64) || true; \
 	    else \
-	        echo 'not root, or no Debian: to test engines for AArch64 too, install $(AARCH64)'; \
+	        echo 'not root, or no Debian: to test engines for ARM and RISC-V too, install $(AARCH64)'; \
 	    fi; \
 	fi
 

@@ -34,6 +34,8 @@ def test_a_wheel_holds_its_package_and_nothing_else(folder: Path, package: str, 
     assert f"{package}/py.typed" in names
     if package == "cnncc":
         assert "cnncc/targets/llvm/target.py" in names
+        assert "cnncc/targets/llvm/wide/wide.ll" in names
+        assert "cnncc/targets/devices/profiles/raspberry-pi-4.toml" in names
         assert {"cnncc/targets/llvm/threads/pool.c", "cnncc/targets/llvm/threads/pool.ll"} <= set(names)
 
 

@@ -41,7 +41,14 @@ _KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
 @click.command(name="compile", epilog=MODEL_HELP)
 @model_options
 @click.option("--target", "targets", multiple=True, default=("llvm",), show_default=True, help="See `cnncc targets`.")
-@click.option("--device", "devices", multiple=True, default=("host",), show_default=True, help="Device profile.")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    default=("host",),
+    show_default=True,
+    help="What to build for: a name that `cnncc targets` lists, or a device's FILE.toml.",
+)
 @click.option("--mtriple", help="LLVM target triple instead of the profile's.")
 @click.option("--mcpu", help="LLVM CPU instead of the profile's: x86-64-v3, cortex-a76, …")
 @click.option("--mattr", default="", help="Features to add or take away: +avx2,-avx512f.")
@@ -188,13 +195,14 @@ def command(
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
     requests = []
     for target, device in pairs:
+        label = Path(device).stem if device.endswith(".toml") else device
         requests.append(
             CompileRequest(
                 model=model_request(model, weights, input_shapes, input_dtypes),
                 profile=resolve_profile(device, mtriple=mtriple, mcpu=mcpu, mattr=features),
                 output=base
                 if len(pairs) == 1
-                else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{device}.cnncc"),
+                else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{label}.cnncc"),
                 target=target,
                 batches=parse_batches(batch_text),
                 kernels=KernelOptions(winograd, direct, growth),

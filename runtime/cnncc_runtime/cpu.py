@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 import re
+import struct
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,41 @@ _ARM = {
     "vfpv4": ("vfp4",),
 }
 
+# What the kernel tells a process of its processor: Linux arch/{arm64,arm}/include/uapi/asm/hwcap.h
+_HWCAP, _HWCAP2 = 16, 26
+_HWCAPS = {
+    "aarch64": {
+        _HWCAP: {
+            0: "fp",
+            1: "asimd",
+            3: "aes",
+            6: "sha2",
+            7: "crc32",
+            8: "atomics",
+            10: "asimdhp",
+            12: "asimdrdm",
+            13: "jscvt",
+            14: "fcma",
+            15: "lrcpc",
+            16: "dcpop",
+            17: "sha3",
+            20: "asimddp",
+            22: "sve",
+            23: "asimdfhm",
+            27: "flagm",
+            28: "ssbs",
+            29: "sb",
+            30: "paca",
+        },
+        _HWCAP2: {1: "sve2", 13: "i8mm", 14: "bf16", 17: "bti", 23: "sme", 37: "sme2"},
+    },
+    "arm": {
+        _HWCAP: {6: "vfp", 12: "neon", 13: "vfpv3", 14: "vfpv3d16", 16: "vfpv4", 17: "idiva", 18: "idivt"},
+        _HWCAP2: {0: "aes", 3: "sha2", 4: "crc32"},
+    },
+}
+"""ELF machine → entry of the auxiliary vector → bit → its name in ``/proc/cpuinfo``."""
+
 # MIDR part numbers of Arm Ltd. (implementer 0x41): Linux arch/arm64/include/asm/cputype.h
 _ARM_PARTS = {
     0xC07: "Cortex-A7",
@@ -159,7 +195,7 @@ def host_cpu() -> HostCpu:
     return HostCpu(
         machine=machine,
         model=parse_model(info) or platform.processor() or machine,
-        features=parse_features(info),
+        features=parse_hwcaps(_bytes(Path("/proc/self/auxv")), machine) or parse_features(info),
         cores=usable_cores(),
         logical=len(usable),
     )
@@ -236,6 +272,26 @@ def parse_features(cpuinfo: str) -> frozenset[str]:
         elif key == "isa":
             found.append(_riscv_features(value))
     return frozenset.intersection(*found) if found else frozenset()
+
+
+def parse_hwcaps(auxv: bytes, machine: str) -> frozenset[str]:
+    """Return the LLVM features that the kernel offers this very process; on ARM, better than ``/proc/cpuinfo``.
+
+    A process of 32 bits on a kernel of 64 finds the features of 64 bits there, and one that is emulated those of
+    another machine.
+
+    Args:
+        auxv: The auxiliary vector: pairs of words.
+        machine: Whose words they are.
+
+    Returns:
+        The features; none on machines whose kernel names none here.
+    """
+    known = _HWCAPS.get(machine, {})
+    pair = struct.Struct("<II" if machine == "arm" else "<QQ")
+    entries = dict(pair.iter_unpack(auxv[: len(auxv) - len(auxv) % pair.size]))
+    flags = [name for entry, bits in known.items() for bit, name in bits.items() if entries.get(entry, 0) >> bit & 1]
+    return frozenset(name for flag in flags for name in _ARM[flag])
 
 
 def parse_model(cpuinfo: str) -> str:
@@ -315,6 +371,13 @@ def _read(path: Path) -> str:
         return path.read_text("utf-8", "replace")
     except OSError:
         return ""
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _number(text: str) -> float:

@@ -22,7 +22,7 @@ from cnncc_runtime.digests import canonical_json, digest_file
 from cnncc_runtime.golden import read_golden
 from cnncc_runtime.preprocess import Preprocessing
 from tests.cli.conftest import Digits, WriteModule
-from tests.cli.harness import DIGITS, STAGES, apart, call, leftovers, tree
+from tests.cli.harness import DIGITS, ROOT, STAGES, apart, call, leftovers, tree
 
 LAYERS = [*(f"features.{n}" for n in range(6)), *(f"classifier.{n}" for n in range(4))]
 CLOSE = 1e-4
@@ -348,6 +348,32 @@ def test_an_engine_for_another_machine_stays_pending(digits: Digits, tmp_path: P
     assert "which lacks" in refused.stderr
 
 
+@pytest.mark.parametrize(("device", "machine"), [("raspberry-pi-4", "aarch64"), ("cortex-a7", "arm")])
+def test_a_device_by_name_gets_an_engine_that_stays_pending(
+    digits: Digits, device: str, machine: str, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "board.cnncc"
+    outcome = call("compile", digits.model, "--weights", digits.weights, "--device", device, "-o", bundle)
+    assert "parity pending" in outcome.stdout
+    manifest = read_bundle(bundle).manifest
+    assert (manifest.target.device, manifest.target.machine, manifest.parity) == (device, machine, "pending")
+    assert manifest.toolchain["linker"]
+    refused = call("verify", bundle, code=3)
+    assert f"built for: {machine} ({device})" in refused.stderr
+
+
+def test_a_device_from_a_file_names_its_bundle(digits: Digits, tmp_path: Path) -> None:
+    ours = ROOT / "cnncc" / "targets" / "devices" / "profiles" / "x86-64-v2.toml"
+    board = tmp_path / "my-board.toml"
+    board.write_text(ours.read_text(encoding="utf-8"), encoding="utf-8")
+    arguments = ("compile", digits.model, "--weights", digits.weights, "--device", "host", "--device", board)
+    call(*arguments, "-o", tmp_path / "digits.cnncc")
+    assert read_bundle(tmp_path / "digits-llvm-my-board.cnncc").manifest.target.device == "my-board"
+    assert read_bundle(tmp_path / "digits-llvm-host.cnncc").manifest.target.device == "host"
+    board.write_text(board.read_text(encoding="utf-8").replace("cores", "corse"), encoding="utf-8")
+    assert "corse" in call(*arguments, "-o", tmp_path / "digits.cnncc", code=2).stderr
+
+
 def test_verify_on_the_device_records_the_verdict_of_a_pending_bundle(digits: Digits, copy: Path, image: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
     (copy / "manifest.json").write_bytes(canonical_json({**manifest, "parity": "pending"}))
@@ -467,6 +493,19 @@ def test_targets_lists_llvm_and_this_machine() -> None:
     assert document["devices"][0]["name"] == "host"
     assert document["devices"][0]["cpu"]
     assert "llvm" in call("targets").stdout
+
+
+def test_targets_lists_devices_with_their_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = call("targets").stdout
+    assert "raspberry-pi-4" in text
+    shutil.copy(ROOT / "cnncc" / "targets" / "devices" / "profiles" / "raspberry-pi-5.toml", tmp_path / "my-board.toml")
+    monkeypatch.setenv("CNNCC_DEVICES", str(tmp_path))
+    devices = {device["name"]: device for device in call("targets", "--json").document["devices"]}
+    assert {"cortex-a7", "my-board", "rtx4090"} <= devices.keys()
+    assert devices["my-board"]["file"] == str(tmp_path / "my-board.toml")
+    for fact in ("triple", "cpu", "features", "cores", "memory", "glibc", "description"):
+        assert devices["my-board"][fact] == devices["raspberry-pi-5"][fact] != ""
+    assert devices["cortex-a7"]["emulator"] == {"binary": "qemu-arm", "cpu": "cortex-a7"}
 
 
 def test_doctor_finds_a_machine_that_can_compile() -> None:

@@ -11,6 +11,7 @@ import click
 import pytest
 
 from cnncc.cli.main import COMMANDS, EXIT_CODES, cli
+from cnncc.targets.devices import resolve_profile
 from tests.cli.conftest import Digits
 from tests.cli.harness import ROOT
 
@@ -89,3 +90,10 @@ def test_the_python_of_the_readme_runs(
     scope: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert getattr(scope["scores"], "shape", None) == (1, 10)
+
+
+def test_the_device_of_the_readme_is_one(tmp_path: Path) -> None:
+    [text] = [block for kind, block in BLOCKS if kind == "toml" and "triple" in block]
+    path = tmp_path / "my-board.toml"
+    path.write_text(text, encoding="utf-8")
+    assert resolve_profile(str(path)).features == ("dotprod", "fp-armv8", "neon")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 
 import pytest
 
+from cnncc.targets.devices import resolve_profile
+from cnncc_runtime.bundle import TargetRecord
 from cnncc_runtime.cpu import (
+    HostCpu,
     clock,
     count_cores,
     host_cpu,
@@ -16,9 +20,11 @@ from cnncc_runtime.cpu import (
     parse_cpu_list,
     parse_cpu_max,
     parse_features,
+    parse_hwcaps,
     parse_mhz,
     parse_model,
 )
+from cnncc_runtime.session import engine_mismatch
 
 ZEN3 = """\
 processor\t: 0
@@ -114,6 +120,61 @@ def test_features_carry_llvms_names(text: str, has: set[str], lacks: set[str]) -
     found = parse_features(text)
     assert has <= found
     assert not lacks & found
+
+
+def auxv(machine: str, hwcap: int, hwcap2: int) -> bytes:
+    """Return an auxiliary vector as the kernel makes it, page size and end included."""
+    entries = [(6, 4096), (16, hwcap), (26, hwcap2), (0, 0)]
+    return b"".join(struct.pack("<II" if machine == "arm" else "<QQ", *entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("machine", "hwcap", "hwcap2", "has", "lacks"),
+    [
+        # what qemu-user's processors say by getauxval(); Neoverse V1 by Linux's own list of its bits
+        ("aarch64", 0x8FB, 0, {"neon", "fp-armv8", "crc", "aes"}, {"dotprod", "fullfp16", "lse"}),
+        ("aarch64", 0x119FFB, 0, {"dotprod", "fullfp16", "lse", "rdm", "rcpc"}, {"i8mm", "bf16", "sve"}),
+        ("aarch64", 0x119FFB & ~(1 << 20), 0, {"fullfp16"}, {"dotprod"}),
+        ("aarch64", 0xEFFFFFFB, 0x6000, {"dotprod", "fp16fml", "i8mm", "bf16", "sve"}, {"sve2", "sme"}),
+        ("arm", 0x1FB8D7, 0, {"neon", "vfp2", "vfp3", "vfp4", "hwdiv", "hwdiv-arm"}, {"fp-armv8", "dotprod", "crc"}),
+        ("arm", 0x8B8D7, 0, {"neon", "vfp3"}, {"vfp4", "hwdiv", "hwdiv-arm"}),
+        ("arm", 0x1FB8D7, 0x1F, {"vfp4", "crc"}, set()),
+        ("x86_64", 0xFFFFFFFF, 0xFFFFFFFF, set(), {"avx2"}),
+    ],
+    ids=["Cortex-A72", "Cortex-A76", "no dotprod", "Neoverse V1", "Cortex-A7", "Cortex-A9", "32 bits of 64", "x86"],
+)
+def test_the_kernels_word_carries_llvms_names(
+    machine: str, hwcap: int, hwcap2: int, has: set[str], lacks: set[str]
+) -> None:
+    found = parse_hwcaps(auxv(machine, hwcap, hwcap2), machine)
+    assert has <= found
+    assert not lacks & found
+    assert parse_hwcaps(b"", machine) == frozenset()
+    assert parse_hwcaps(auxv(machine, hwcap, hwcap2)[:-5], machine) == found
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "hwcap", "lacks"),
+    [
+        ("raspberry-pi-5", "aarch64", 0x119FFB, ""),
+        ("raspberry-pi-5", "aarch64", 0x8FB, "dotprod, fullfp16, lse, rcpc, rdm"),
+        ("raspberry-pi-4", "aarch64", 0x8FB, ""),
+        ("cortex-a7", "arm", 0x1FB8D7, ""),
+        ("cortex-a7", "arm", 0x8B8D7, "hwdiv, hwdiv-arm, vfp4"),
+    ],
+)
+def test_an_engine_is_refused_in_words_where_a_feature_is_missing(
+    device: str, machine: str, hwcap: int, lacks: str
+) -> None:
+    profile = resolve_profile(device)
+    target = TargetRecord("llvm", device, profile.triple, profile.cpu, machine, profile.features)
+    host = HostCpu(machine, "a board", parse_hwcaps(auxv(machine, hwcap, 0), machine), 4, 4)
+    found = engine_mismatch(target, host)
+    if lacks:
+        assert found is not None
+        assert found.message == f"built for: {profile.cpu}, found: a board, which lacks {lacks}"
+    else:
+        assert found is None
 
 
 def test_a_feature_counts_only_where_every_core_has_it() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cnncc.targets.devices.names import unknown
+from cnncc_runtime.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Isa:
@@ -125,3 +128,25 @@ def isa_of(triple: str) -> Isa | None:
 def isa_of_machine(machine: str) -> Isa | None:
     """Return the instruction set that ELF files call by this name."""
     return next((isa for isa in ISAS if isa.machine == machine), None)
+
+
+def isa_of_triple(triple: str, where: str = "") -> Isa:
+    """Return the instruction set of a triple that engines are built for.
+
+    Args:
+        triple: An LLVM triple.
+        where: File and field that hold it.
+
+    Raises:
+        UsageError: An unknown architecture, or another system than Linux.
+    """
+    isa = isa_of(triple)
+    if isa is None:
+        raise unknown("target triple", triple, [isa.triple for isa in ISAS], where)
+    if "linux" not in triple:
+        raise UsageError(
+            f"engines are built for Linux; the triple '{triple}' is not",
+            where=[where] if where else (),
+            hint=f"take {isa.triple}",
+        )
+    return isa

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from cnncc.targets.base import Profile
+from cnncc.targets.devices.isa import isa_of
 from cnncc_runtime.errors import TargetUnavailable
 
 
@@ -42,6 +44,22 @@ def features_of(triple: str, cpu: str, changes: tuple[str, ...] = ()) -> frozens
     """
     codegen = _codegen()
     return frozenset(str(name) for name in codegen.llvm_get_cpu_features(_target(triple, cpu, changes)))
+
+
+def attributes(profile: Profile) -> tuple[str, ...]:
+    """Return the changes to a CPU's features that leave exactly the profile's.
+
+    What the profile has is turned on, and what the CPU's name implies but the profile lacks (hidden by a virtual
+    machine, or taken away by the user) is turned off.
+
+    Raises:
+        TargetUnavailable: LLVM is not here.
+    """
+    isa = isa_of(profile.triple)
+    relevant = frozenset(isa.features) if isa else frozenset()
+    implied = features_of(profile.triple, profile.cpu) & relevant
+    lacked = sorted(implied - frozenset(profile.features))
+    return (*(f"+{feature}" for feature in profile.features), *(f"-{feature}" for feature in lacked))
 
 
 def closure(triple: str, cpu: str, features: frozenset[str], changes: tuple[str, ...]) -> frozenset[str]:

@@ -12,6 +12,7 @@ from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 from cnncc.targets.llvm.stack import keep_on_stack, share_buffers
 from cnncc.targets.llvm.threads.pool import write_object
 from cnncc.targets.llvm.threads.regions import announce_regions
+from cnncc.targets.llvm.wide import wide
 
 _PIPELINE = "cnncc"
 
@@ -106,4 +107,4 @@ def _exported(built: Any, target: Any, folder: Path) -> list[Path]:
     # Without a kernel (a graph that only reshapes) there is no object to take the triple from, and TVM would write C.
     collect.get_target_triple = lambda: str(target.attrs["mtriple"])  # type: ignore[attr-defined]
     built.export_library(str(folder / "engine.so"), fcompile=collect, workspace_dir=str(folder))
-    return [*objects, write_object(target, folder / "threads.o")]
+    return [*objects, *wide.write_objects(target, folder), write_object(target, folder / "threads.o")]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnncc.targets.base import Profile
-from cnncc.targets.devices.isa import isa_of
-from cnncc.targets.devices.llvm_lists import features_of
+from cnncc.targets.devices.isa import AARCH64, ARM, RISCV64, isa_of_triple
+from cnncc.targets.devices.llvm_lists import attributes
 
 _KIB = 1024
 _X86 = 8
@@ -16,7 +16,8 @@ _BROADCASTS = 10
 """Without operands that broadcast from memory, LLVM loads those of several steps ahead: sums were spilt from 11 pixels
 on."""
 _FOUR_CHANNELS = 3
-"""NEON multiplies by a lane of a register, which LLVM loads with four channels of a pixel."""
+"""NEON multiplies by a lane of a register, which LLVM loads with four channels of a pixel. On 32-bit ARMs a few pixels
+are loaded ahead."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,18 @@ _TILES_OF_32 = ((12, 2), (8, 3), (6, 4), (4, 6), (8, 2), (4, 4), (2, 8), (2, 4),
                 (4, 1), (1, 8), (1, 4), (1, 2))  # fmt: skip
 """Accumulators leave registers for the loaded vectors and a broadcast; on AVX2 one row more than 6 × 2 spills and
 halves the speed."""
+_TILES_OF_ARM = tuple(tile for tile in _TILES_OF_16 if tile not in ((6, 2), (3, 3), (12, 1)))
+"""No operand comes from memory: pixels and weights of a step take registers, too."""
+_TILES_OF_SCALARS = ((2, 8), (4, 4), (1, 16), (1, 8), (8, 2), (16, 1), (8, 1), (4, 1), (1, 4), (1, 2))
+"""Without vectors a block's channels are a register each: 16 sums, the weights of a step, and a broadcast or two."""
 
+_ARM_SCHEDULING = ("+use-misched", "-slowfpvfmx", "-slowfpvmlx", "-vmlx-hazards")
+"""How LLVM orders and joins instructions for 32-bit ARMs; no processor needs to have any of these.
 
+Without its machine scheduler, LLVM loads the pixels of eight steps ahead, and spills every sum of a tile; the others
+have it multiply and add in one instruction on Cortex-A7 as well. That keeps a sum's next product waiting there, which
+the sums of a tile are many enough for.
+"""
 _DOTS = {
     "avx512vnni": "llvm.x86.avx512.vpdpbusd.512",
     "avx512bw": "llvm.x86.avx512.pmaddw.d.512",
@@ -94,13 +105,18 @@ _DOTS = {
 }
 """Feature → its instruction for products of int8."""
 
+_ARM_DOT = "llvm.arm.neon.vmulls.v8i16"
+"""The same instruction as NEON's of AArch64, by the name that LLVM has for it on 32-bit ARMs."""
+
 _PAIR = 2
 _PAIRS = frozenset({_DOTS["avx512bw"], _DOTS["avx2"], _DOTS["sse2"]})
 """Those that sum over two channels."""
 
 _BESIDE_DOTS = {
     _DOTS["dotprod"]: Beside(1, pixel=1),  # multiplies by a lane of what was loaded of a pixel
-    _DOTS["neon"]: Beside(3, vector=2, pixel=1),  # sums in int16, and each vector of weights in two halves
+    **dict.fromkeys(
+        (_DOTS["neon"], _ARM_DOT), Beside(3, vector=2, pixel=1)
+    ),  # sums in int16, and each vector of weights in two halves
 }
 """Those that take their pixels from lanes → what else they need registers for."""
 
@@ -118,23 +134,21 @@ def machine_of(profile: Profile) -> Machine:
     if "avx" in features:
         half = dot("avxvnni", "avx2")
         return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86, dot=half)
-    if profile.triple.startswith(("aarch64", "arm64", "riscv64")):
+    isa = isa_of_triple(profile.triple)
+    if isa is AARCH64:
         return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod", "neon"))
-    sse = _DOTS["sse2"] if profile.triple.startswith("x86_64") else ""  # which every one of these has
+    if isa is ARM and "neon" in features:
+        return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, dot=_ARM_DOT)
+    if isa is RISCV64 and "v" in features:
+        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=2)
+    if isa is ARM or isa is RISCV64:
+        return Machine(1, 8, 32, _TILES_OF_SCALARS, profile.cores)
+    sse = _DOTS["sse2"]  # which every x86-64 has
     return Machine(4, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, dot=sse)
 
 
 def target_options(profile: Profile) -> dict[str, Any]:
-    """Return TVM's target description of a profile.
-
-    Every feature is spelt out: what the profile has is turned on, and what the CPU's name implies but the profile
-    lacks (hidden by a virtual machine, or taken away by the user) is turned off.
-    """
-    isa = isa_of(profile.triple)
-    relevant = frozenset(isa.features) if isa else frozenset()
-    implied = features_of(profile.triple, profile.cpu) & relevant
-    attributes = [f"+{feature}" for feature in profile.features]
-    attributes += [f"-{feature}" for feature in sorted(implied - frozenset(profile.features))]
+    """Return TVM's target description of a profile; every feature is spelt out."""
     options: dict[str, Any] = {
         "kind": "llvm",
         "mtriple": profile.triple,
@@ -142,10 +156,12 @@ def target_options(profile: Profile) -> dict[str, Any]:
         "num-cores": profile.cores,
         "opt-level": 3,
     }
-    if attributes:
-        options["mattr"] = attributes
-    if profile.triple.startswith("arm"):
+    if changes := attributes(profile):
+        options["mattr"] = list(changes)
+    isa = isa_of_triple(profile.triple)
+    if isa is ARM:
+        options["mattr"] = [*options.get("mattr", []), *_ARM_SCHEDULING]
         options["mfloat-abi"] = "hard"
-    if profile.triple.startswith("riscv64"):
+    if isa is RISCV64:
         options["mabi"] = "lp64d"
     return options

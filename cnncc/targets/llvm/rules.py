@@ -327,7 +327,8 @@ def window_plan(sliding: Sliding, planes: int, machine: Machine, *, weighted: bo
     # Long rows of few taps are worth code of their own where all rows of the kernel lie in the image: measured 8 % on
     # AVX2 and 25 % on AVX-512 at 56 × 56, nothing at 28 × 28 or with a stride; smaller tiles keep that code small.
     unrolled = weighted and high <= 3 and sliding.stride == (1, 1) and sliding.output[0] >= 40
-    most = min(max((machine.registers - 2) // vectors - held, 4), 8 if unrolled else 14)
+    least = min(4, -(-_IN_FLIGHT // vectors))
+    most = min(max((machine.registers - 2) // vectors - held, least), 8 if unrolled else 14)
     row, columns = min(
         (_row_cycles(sliding.output[1], columns, high * wide, vectors), columns)
         for columns in range(1, min(most, sliding.output[1]) + 1)

@@ -24,6 +24,12 @@ ISAS = {
     "avx512": ("x86_64-linux-gnu", "x86-64-v4"),
     "neon": ("aarch64-linux-gnu", "cortex-a76"),
 }
+EMBEDDED = {
+    "armv7": ("armv7l-linux-gnueabihf", "cortex-a7"),
+    "riscv64": ("riscv64-linux-gnu", "sifive-u54"),
+}
+
+"""Those whose kernels beside direct convolutions may spill."""
 
 Emit = Callable[[Any, Any, Machine], Any]
 """Takes the block builder, the data and the machine; returns the call of the operator."""
@@ -31,7 +37,7 @@ Emit = Callable[[Any, Any, Machine], Any]
 
 def isa_profile(isa: str) -> Profile:
     """Return the profile of an instruction set, whether this machine has it or not."""
-    triple, cpu = ISAS[isa]
+    triple, cpu = {**ISAS, **EMBEDDED}[isa]
     return named(resolve_profile(mtriple=triple, mcpu=cpu))
 
 
@@ -81,7 +87,7 @@ class Loop:
     @property
     def multiply_adds(self) -> int:
         """Vector multiply-adds in it."""
-        return sum(bool(re.search(r"\b(vfmadd\d+ps|fmla)\b", line)) for line in self.lines)
+        return sum(bool(re.search(r"\b(vfmadd\d+ps|fmla|vfma\.f32|fmadd\.s)\b", line)) for line in self.lines)
 
     def count(self, instruction: str) -> int:
         """Return how many lines hold an instruction, a regular expression."""
@@ -97,7 +103,10 @@ class Loop:
     def stack_traffic(self) -> list[str]:
         """Vector loads and stores at the stack pointer: registers that were spilt."""
         return [line for line in self.lines if re.search(r"[xyz]mm\d.*\(%rsp|\(%rsp.*[xyz]mm\d", line)
-                or re.search(r"\b(ldr|str|ldp|stp|ldur|stur)\s+[qvd]\d+.*\[sp", line)]  # fmt: skip
+                or re.search(r"\b(ldr|str|ldp|stp|ldur|stur)\s+[qvd]\d+.*\[sp", line)
+                # 32-bit ARM has no such addresses for vectors: a register gets one first
+                or re.search(r"\b(add|sub|mov)\s+r\d+, sp\b|\bv(ldr|str|ld|st)\w*[.\s].*\[sp", line)
+                or re.search(r"\bf(lw|sw|ld|sd)\s.*\(sp\)", line)]  # fmt: skip
 
 
 def inner_loops(assembly: str) -> Iterator[Loop]:
@@ -106,7 +115,9 @@ def inner_loops(assembly: str) -> Iterator[Loop]:
     starts = {match.group(1): number for number, line in enumerate(lines) if (match := re.match(r"(\.?L\w+):", line))}
     found: list[tuple[int, int, str]] = []
     for number, line in enumerate(lines):
-        match = re.match(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+,\s*#?\d+,)\s+(\.?L\w+)", line)
+        match = re.match(
+            r"\s+(?:j\w*|b\.?\w*|cbn?z\s+\w+,|tbn?z\s+\w+,\s*#?\d+,|b\w+\s+\w+,(?:\s*\w+,)?)\s+(\.?L\w+)", line
+        )
         if match and starts.get(match.group(1), number + 1) <= number:
             found.append((starts[match.group(1)], number, match.group(1)))
     for start, end, label in found:

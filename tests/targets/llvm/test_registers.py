@@ -9,7 +9,7 @@ from cnncc.targets.llvm.blocked.convolution import conv2d
 from cnncc.targets.llvm.blocked.geometry import blocked_shape
 from cnncc.targets.llvm.machine import machine_of
 from cnncc.targets.llvm.rules import ConvShape, direct_plan
-from tests.targets.llvm.assembly import ISAS, inner_loops, isa_profile, kernel_assembly
+from tests.targets.llvm.assembly import EMBEDDED, ISAS, inner_loops, isa_profile, kernel_assembly
 
 CONVOLUTIONS = {
     "3×3": (64, 64, 28, 3, 1, 1),
@@ -22,7 +22,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS, *EMBEDDED])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_spills_nothing_in_its_inner_loops(isa: str, name: str) -> None:
     inputs, outputs, size, kernel, stride, padding = CONVOLUTIONS[name]

@@ -18,6 +18,7 @@ from cnncc.targets.llvm.codegen import write_kernels
 from cnncc.targets.llvm.loading import Loaded, load_objects
 from cnncc.targets.llvm.machine import target_options
 from cnncc.targets.llvm.threads.pool import SOURCE, TEXT, source_digest, write_object
+from cnncc.targets.llvm.wide import wide
 from cnncc_runtime.elf import parse_elf
 from cnncc_runtime.engine_threads import Pool
 
@@ -31,8 +32,9 @@ def target_of(triple: str | None = None) -> Any:
 # ---- its text
 
 
-def test_the_assembly_is_that_of_the_source() -> None:
-    assert source_digest() in TEXT.read_text().splitlines()[0], f"{SOURCE.name} was changed: run generate.py"
+@pytest.mark.parametrize(("source", "text"), [(SOURCE, TEXT), (wide.SOURCE, wide.TEXT)], ids=["pool", "wide"])
+def test_the_assembly_is_that_of_the_source(source: Path, text: Path) -> None:
+    assert source_digest(source) in text.read_text().splitlines()[0], f"{source.name} was changed: run generate.py"
 
 
 @pytest.mark.parametrize(

@@ -247,13 +247,13 @@ REGISTER_CASES = [
 ]
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS, "riscv64"])
 @pytest.mark.parametrize("case", REGISTER_CASES, ids=str)
 def test_sums_of_a_depthwise_convolution_stay_in_registers(case: Case, isa: str) -> None:
     profile = isa_profile(isa)
     shape = blocked_shape((case.batch, case.channels, *case.image), machine_of(profile).block)
     text = kernel_assembly(profile, shape, lambda builder, x, machine: emit(case, WEIGHTED, builder, machine, x))
-    hot = [loop for loop in inner_loops(text) if loop.multiply_adds >= 30]
+    hot = [loop for loop in inner_loops(text) if loop.multiply_adds >= (30 if isa in ISAS else 16)]
     assert hot, "no inner loop holds a tile"
     for loop in hot:
         assert len(loop.stack_traffic) <= 0.1 * loop.multiply_adds, f"{loop.label} spills"

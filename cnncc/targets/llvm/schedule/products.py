@@ -126,8 +126,8 @@ class Dots:
 
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """See `Products`."""
-        own = tirx.Ramp(tir.index(first), tir.index(1), lanes)
-        return tir.store(held, [own], self.added(held[own], lanes, tirx.Broadcast(source, lanes), weight(own)))
+        own = tirx.Ramp(tir.index(first), tir.index(1), lanes) if lanes > 1 else tir.index(first)
+        return tir.store(held, [own], self.added(held[own], lanes, _spread(source, lanes), weight(own)))
 
     def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
         """Return vectors of sums with products added; here in plain arithmetic, for machines without an instruction.
@@ -141,11 +141,11 @@ class Dots:
 
         def shifted(value: Any, number: int) -> Any:
             """Return one of the four bytes of each lane, sign and all."""
-            left = tirx.Broadcast(tirx.const(8 * (self.channels - 1 - number), "int32"), lanes)
-            return (value << left) >> tirx.Broadcast(tirx.const(24, "int32"), lanes)
+            left = _spread(tirx.const(8 * (self.channels - 1 - number), "int32"), lanes)
+            return (value << left) >> _spread(tirx.const(24, "int32"), lanes)
 
         for number in range(self.channels):
-            step = shifted(pixel, number) & tirx.Broadcast(tirx.const(255, "int32"), lanes)
+            step = shifted(pixel, number) & _spread(tirx.const(255, "int32"), lanes)
             sums = sums + step * shifted(weights, number)
         return sums
 
@@ -261,6 +261,11 @@ class LongDots(Dots):
         return tir.store(held, [own], _fenced(held[own] + sums, lanes))
 
 
+def _spread(value: Any, lanes: int) -> Any:
+    """Return a vector of a value; of one lane, the value."""
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
 def _fenced(sums: Any, lanes: int) -> Any:
     """Return sums that LLVM takes as they are: it would add several steps to each other first, and spill them."""
     fenced = tirx.call_llvm_pure_intrin(f"float32x{lanes}", "llvm.arithmetic.fence", _as(sums, "float32", lanes))
@@ -285,6 +290,7 @@ _BY_INSTRUCTION: dict[str, Dots] = {
         FourDots(instruction="llvm.aarch64.neon.sdot.v4i32.v16i8", steps="int8", abreast=2),
         # s8 · s8 to s16, and s16 to s32 in pairs (Arm ARM, SMULL, SMLAL, SADALP), on ARMs without SDOT
         LongDots(),
+        LongDots(instruction="llvm.arm.neon.vmulls.v8i16", pairs="llvm.arm.neon.vpaddls.v4i32.v8i16"),
     )
 }
 

@@ -25,9 +25,21 @@ _PAUSE_DECLARED = "declare void @cnncc_pause()"
 
 
 def write_object(target: Any, path: Path) -> Path:
-    """Assemble the pool.
+    """Assemble the pool; see `assemble`."""
+    neutral = TEXT.read_text("utf-8")
+    [declared] = [line for line in neutral.splitlines() if line.startswith(_PAUSE_DECLARED)]
+    pause = _PAUSE[machine_name(str(target.attrs["mtriple"]))]
+    body = f'call void asm sideeffect "{pause}", ""()\n  ' if pause else ""
+    return assemble(
+        neutral.replace(declared, f"define internal void @cnncc_pause() {{\n  {body}ret void\n}}"), target, path
+    )
+
+
+def assemble(neutral: str, target: Any, path: Path) -> Path:
+    """Make an object of a text that is the same for all targets.
 
     Args:
+        neutral: LLVM's assembly, without what depends on the target.
         target: TVM's target.
         path: The object file to write; its assembly is written beside it meanwhile.
 
@@ -35,30 +47,25 @@ def write_object(target: Any, path: Path) -> Path:
         The path.
     """
     text = path.with_suffix(".ll")
-    text.write_text(_text_for(target), "utf-8")
+    text.write_text(_text_for(neutral, target), "utf-8")
     tvm.runtime.load_module(str(text)).write_to_file(str(path), "o")
     text.unlink()
     return path
 
 
-def source_digest() -> str:
-    """Return the digest that `TEXT` names if it was made of this `SOURCE`."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+def source_digest(source: Path = SOURCE) -> str:
+    """Return the digest that the text of a source names if it was made of it."""
+    return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
-def _text_for(target: Any) -> str:
-    """Return the text with what depends on the target: data layout, triple, how to pause, and what TVM notes of it.
+def _text_for(neutral: str, target: Any) -> str:
+    """Return the text with what depends on the target: data layout, triple, and what TVM notes of it.
 
-    Three of the four are taken from a function that does nothing, as TVM compiles it for the target.
+    All are taken from a function that does nothing, as TVM compiles it for the target.
     """
     nothing = tirx.PrimFunc([], tirx.Evaluate(tirx.IntImm("int32", 0))).with_attr("global_symbol", "nothing")
     compiled = str(tirx.build(tvm.IRModule({"nothing": nothing}), target).inspect_source("ll"))
     layout = [line for line in compiled.splitlines() if line.startswith("target ")]
     [noted] = re.findall(r'^!\d+ = (!\{i32 \d+, !"tvm_target", .*\})$', compiled, re.MULTILINE)
-    neutral = TEXT.read_text("utf-8")
-    [declared] = [line for line in neutral.splitlines() if line.startswith(_PAUSE_DECLARED)]
-    pause = _PAUSE[machine_name(str(target.attrs["mtriple"]))]
-    body = f'call void asm sideeffect "{pause}", ""()\n  ' if pause else ""
-    defined = f"define internal void @cnncc_pause() {{\n  {body}ret void\n}}"
     flags = ["!llvm.module.flags = !{!0, !1}", f"!0 = {noted}", '!1 = !{i32 8, !"PIC Level", i32 2}']
-    return "\n".join([*layout, neutral.replace(declared, defined), *flags]) + "\n"
+    return "\n".join([*layout, neutral, *flags]) + "\n"
