@@ -21,8 +21,10 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
     fonts-quicksand fonts-roboto-unhinted fonts-sil-charis fonts-sil-gentium fonts-texgyre fonts-tuffy fonts-urw-base35 \
     fonts-vollkorn fonts-yanone-kaffeesatz
 
-# What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine
-AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross
+# What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine; and
+# C compilers of what executables without libraries are tested for, 32-bit ARM too
+AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross \
+    gcc-arm-linux-gnueabihf libc6-dev-armhf-cross
 
 .PHONY: help setup demo test test-gpu aarch64 tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
