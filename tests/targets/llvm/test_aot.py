@@ -218,6 +218,17 @@ def test_names_are_made_fit_for_c(small: Aot) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["main", "kernels", "arena", "x"])
+def test_a_network_may_have_any_name(name: str, tmp_path: Path) -> None:
+    net = Net(1, *DIGIT)
+    net.conv("x", 4, "arena")
+    graph = with_shapes(net.graph())
+    made = built(graph, MACHINES["host"], tmp_path, name)
+    [feeds] = feeds_of(images(1, shape=DIGIT))
+    [got] = outputs_of(made, graph, MACHINES["host"], feeds)
+    np.testing.assert_allclose(got, Reference(graph).run(feeds)["arena"], rtol=1e-4, atol=1e-5)
+
+
 def test_raw_and_npy_files_say_the_same(small: Aot) -> None:
     for given in ("x.npy", "x.raw"):
         assert executed(small, MACHINES["host"], given, "-o", "out.raw").returncode == 0
@@ -293,7 +304,7 @@ def test_the_generated_c_draws_no_warnings(small: Aot) -> None:
 
 def test_kernels_call_nothing_but_libc(tmp_path: Path) -> None:
     built(network(), MACHINES["host"], tmp_path)
-    command = ["nm", "--undefined-only", "--format=just-symbols", "kernels.o"]
+    command = ["nm", "--undefined-only", "--format=just-symbols", "net_kernels.o"]
     needed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
     assert set(needed) <= {"memcpy", "memset", "memmove"}
 

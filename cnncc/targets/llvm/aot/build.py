@@ -98,7 +98,7 @@ def build_aot(graph: OnnxGraph, options: BuildOptions, name: str, folder: Path) 
         used = {step.kernel: step.kernel.removeprefix(f"{prefix}_") for step in program.steps}
         kernels = {symbol: scheduled.module[kernel] for symbol, kernel in used.items()}
         options.progress("generate code", 0.0)
-        made, spaces = write_plain_kernels(kernels, target, folder) if kernels else (None, {})
+        made, spaces = write_plain_kernels(kernels, target, folder / f"{prefix}_kernels.o") if kernels else (None, {})
         options.progress("generate code", 1.0)
     places, weights = _write_weights(program, folder / f"{prefix}_weights.bin")
     network = source.Network(
@@ -157,11 +157,10 @@ def _write_sources(network: source.Network, folder: Path) -> list[str]:
     texts = {f"{name}.h": source.header(network), f"{name}.c": source.driver(network)}
     if network.weights:
         texts[f"{name}_weights.S"] = source.weights_source(network, f"{name}_weights.bin")
-    texts[f"{name}_main.c"] = source.tables(network)
-    texts["main.c"] = Path(__file__).with_name("main.c").read_text("utf-8")
+    texts[f"{name}_main.c"] = source.tables(network) + Path(__file__).with_name("main.c").read_text("utf-8")
     for file, text in texts.items():
         (folder / file).write_text(text, "utf-8")
-    return [file for file in texts if file.startswith(f"{name}") and not file.endswith(".h")]
+    return [file for file in texts if not file.endswith(".h")]
 
 
 def _compiler(machine: str, sources: list[str], kernels: Path | None, name: str) -> CCompiler:

@@ -23,13 +23,13 @@ _CALLING = ("entry", "packed-calls", "announce-regions")
 """Passes of an engine that make TVM's functions and loops of them."""
 
 
-def write_plain_kernels(kernels: Mapping[str, Any], target: Any, folder: Path) -> tuple[Path, dict[str, list[int]]]:
+def write_plain_kernels(kernels: Mapping[str, Any], target: Any, path: Path) -> tuple[Path, dict[str, list[int]]]:
     """Generate machine code for kernels.
 
     Args:
         kernels: Name of the C function → its scheduled function.
         target: TVM's target.
-        folder: Where the object goes.
+        path: The object file to write.
 
     Returns:
         The object, and what each function takes after its tensors: bytes of each piece of working memory.
@@ -40,7 +40,7 @@ def write_plain_kernels(kernels: Mapping[str, Any], target: Any, folder: Path) -
     steps.insert(at, ("plain-calls", _plain_calls(spaces)))
     passes = [step for name, step in steps if name not in _CALLING]
     named = {name: function.with_attr("global_symbol", name) for name, function in kernels.items()}
-    return write_module(tvm.IRModule(named), passes, target, folder / "kernels.o"), spaces
+    return write_module(tvm.IRModule(named), passes, target, path), spaces
 
 
 def _one_thread() -> Any:

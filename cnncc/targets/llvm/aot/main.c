@@ -1,4 +1,4 @@
-/* The executable of a network: `NAME_main.c` says what the network is and includes this file.
+/* The executable of a network: what comes before this says what the network is.
  *
  * Arrays are files: .npy, or raw bytes. `--serve` is what cnncc's own session speaks: the raw inputs of one run after
  * the other on stdin, for each the raw outputs on stdout, until stdin ends. */

@@ -157,7 +157,7 @@ def weights_source(network: Network, file: str) -> str:
 
 
 def tables(network: Network) -> str:
-    """Return ``NAME_main.c``: what the executable's ``main`` knows of the network; ``main.c`` is the rest."""
+    """Return ``NAME_main.c``: what the executable's ``main`` knows of the network; ``main.c`` follows."""
     ins, outs = len(network.inputs), len(network.outputs)
     name = network.name
     values = [f"buffers[{at}]" for at in range(ins + outs)]
@@ -177,7 +177,6 @@ def tables(network: Network) -> str:
             "#define TENSORS \\",
             ", \\\n".join(f"    {one}" for one in described),
             "",
-            '#include "main.c"',
             "",
         ]
     )
