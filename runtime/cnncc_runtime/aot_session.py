@@ -48,7 +48,12 @@ class AotSession:
         EngineMismatch: Built for another machine, other ISA features, or speaks another version.
         TargetUnavailable: This machine executes no file that lies in memory.
         BundleRefused: The engine is damaged.
+
+    Attributes:
+        apart: It runs in a process of its own.
     """
+
+    apart = True
 
     def __init__(self, bundle: Bundle, engine: BinaryIO, *, threads: int) -> None:
         manifest = bundle.manifest

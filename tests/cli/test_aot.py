@@ -151,3 +151,8 @@ def test_without_a_c_compiler_it_says_how_to_get_one(tmp_path: Path) -> None:
         patch.setenv("PATH", "/nowhere")
         outcome = call("compile", MODEL, "--runtime", "aot-static", *triple, "-o", tmp_path / "x.cnncc", code=3)
     assert "gcc-arm-linux-gnueabihf" in outcome.stderr
+
+
+def test_a_benchmark_says_that_it_runs_apart(bundle: Path) -> None:
+    outcome = call("bench", bundle, "--against", "ort", "--json")
+    assert "through pipes" in outcome.stdout
