@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ AUTO_DROP, AUTO_SQNR = 0.5, 20.0
 """What ``--precision auto`` asks for: points of accuracy on ``--val``, or dB of the outputs where there is none."""
 
 _CUDA = "cuda"
-_KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
+_KERNEL_FLAGS = ("runtime", "winograd", "direct", "winograd_growth")
 
 
 @click.command(name="compile", epilog=MODEL_HELP)
@@ -105,6 +106,14 @@ _KERNEL_FLAGS = ("winograd", "direct", "winograd_growth")
     help="What Winograd's weights may add to the memory of all weights: 0 nothing, 1 as much again.  [default: 2]",
 )
 @click.option(
+    "--runtime",
+    type=click.Choice(["vm", "aot-static"]),
+    default="vm",
+    show_default=True,
+    help="vm: a library that cnncc-runtime loads. aot-static: an executable without libraries, and a C library and "
+    "header, on one thread, for static shapes; takes a C compiler.",
+)
+@click.option(
     "--optimize",
     type=click.Choice(["rules", "measured"]),
     default="rules",
@@ -154,6 +163,7 @@ def command(
     winograd: bool,
     direct: tuple[str, ...],
     winograd_growth: float | None,
+    runtime: str,
     optimize: str,
     optimize_budget: float | None,
     kernel_database: Path | None,
@@ -206,6 +216,7 @@ def command(
                 target=target,
                 batches=parse_batches(batch_text),
                 kernels=KernelOptions(winograd, direct, growth),
+                runtime=runtime,
                 optimize=Optimize(optimize, optimize_budget or BUDGET, kernel_database),
                 gpu=gpu if target == _CUDA else GpuOptions(),
                 data=data,
@@ -235,7 +246,9 @@ def _check_target_flags(targets: set[str]) -> None:
     if _CUDA not in targets and (given := _given(NAMES)):
         raise UsageError(f"{given[0]} is for --target {_CUDA}", hint=f"leave it out, or add --target {_CUDA}")
     if targets == {_CUDA} and (given := _given(_KERNEL_FLAGS)):
-        raise UsageError(f"{given[0]} says nothing to --target {_CUDA}", hint="leave it out: TensorRT chooses kernels")
+        raise UsageError(
+            f"{given[0]} says nothing to --target {_CUDA}", hint="leave it out: TensorRT brings what it needs"
+        )
 
 
 def _given(names: Collection[str]) -> list[str]:
@@ -286,6 +299,8 @@ def _asked(given: Mapping[str, Any]) -> list[str]:
 
 
 def _document(result: Compiled) -> dict[str, Any]:
+    from cnncc_runtime.bundle import MEMORY
+
     manifest = result.bundle.manifest
     return {
         "bundle": str(result.bundle.path),
@@ -299,6 +314,7 @@ def _document(result: Compiled) -> dict[str, Any]:
         "parity": result.parity,
         "unchanged": result.unchanged,
         "engine_bytes": manifest.engine_bytes,
+        "memory": json.loads(result.bundle.file(MEMORY).read_bytes()) if result.bundle.has(MEMORY) else {},
     }
 
 

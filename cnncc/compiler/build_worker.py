@@ -130,6 +130,8 @@ def _request(target: str, graph: Path, options: BuildOptions, workdir: Path) -> 
                 "kernels": options.kernels,
                 "measured": options.measured,
                 "gpu": options.gpu,
+                "runtime": options.runtime,
+                "name": options.name,
                 "timings": str(options.timings.resolve()) if options.timings else "",
             }
         ),
@@ -256,6 +258,8 @@ def _work(request: dict[str, Any], events: IO[bytes]) -> None:
         asked.kernels,
         asked.measured,
         asked.gpu,
+        runtime=asked.runtime,
+        name=asked.name,
         timings=Path(asked.timings) if asked.timings else None,
         progress=lambda what, fraction: send(progress=[what, fraction]),
         note=lambda said: send(note=[said]),
@@ -301,6 +305,8 @@ class _Options(msgspec.Struct, frozen=True):
     kernels: KernelOptions
     measured: str
     gpu: GpuOptions
+    runtime: str
+    name: str
     timings: str
 
 

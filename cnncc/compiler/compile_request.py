@@ -8,7 +8,7 @@ from pathlib import Path
 from cnncc.compiler.calibration import Calibration
 from cnncc.compiler.kernel_stage import Optimize
 from cnncc.compiler.model_reference import ModelRequest
-from cnncc.targets.base import GpuOptions, KernelOptions, Profile
+from cnncc.targets.base import VM, GpuOptions, KernelOptions, Profile
 from cnncc_runtime.preprocess import Preprocessing
 
 FP32, INT8, AUTO = "fp32", "int8", "auto"
@@ -41,6 +41,7 @@ class CompileRequest:
             table; or ``auto``: int8 where it pays.
         calibration: How to calibrate, for int8 without a table.
         table: A calibration table made before.
+        runtime: What runs an engine for CPUs: `cnncc.targets.base.VM` or `AOT`.
         float_type: ``fp32``, ``fp16`` or ``bf16``: what is not int8 computes in.
         max_fallback: Layers that are int8 (or half precision) in the graph and may be wider in the engine; None for any
             number.
@@ -64,6 +65,7 @@ class CompileRequest:
     precision: str = FP32
     calibration: Calibration = field(default_factory=Calibration)
     table: Path | None = None
+    runtime: str = VM
     float_type: str = FP32
     max_fallback: int | None = None
     allow_slow: bool = False

@@ -26,7 +26,7 @@ from cnncc.compiler.narrow_stage import Narrowing, narrow_stage
 from cnncc.compiler.payoff import MIXED, PAYOFF, THREADS, Payoff, interval_text, measure, predicted
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
-from cnncc.targets.base import BuildOptions, Engine, Predicting, Target
+from cnncc.targets.base import AOT, BuildOptions, Engine, Predicting, Preflight, Target
 from cnncc.targets.devices import NATIVE
 from cnncc_runtime.bundle import (
     GOLDEN,
@@ -66,7 +66,7 @@ class Job:
     Attributes:
         request: What was asked for.
         target: The backend.
-        builders: What builds for it, as the Q/DQ lint calls it.
+        preflight: How it builds.
         export: The stage that exported the model.
         clean: The stage that cleaned its graph.
         cache: Where stages are kept.
@@ -75,7 +75,7 @@ class Job:
 
     request: CompileRequest
     target: Target
-    builders: tuple[str, ...]
+    preflight: Preflight
     export: Stage
     clean: Stage
     cache: Cache
@@ -135,7 +135,7 @@ def quantized(job: Job) -> Variant:
                 hint="leave --precision and --data out: its scales are respected; or give the float32 model",
             )
         job.reporter.note("the model carries Q/DQ: its own scales are used, and its speed is not compared with fp32")
-        tell_findings(load_trusted(clean.file(CLEANED)), (), job.builders, job.reporter)
+        tell_findings(load_trusted(clean.file(CLEANED)), (), job.preflight.builders, job.reporter)
         return Variant(INT8, clean, _build_stage(job, clean))
     if request.precision == FP32:
         return _fp32(job)
@@ -207,7 +207,8 @@ def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
         "batches": request.batches,
         "kernels": to_plain(request.kernels),
         "gpu": to_plain(request.gpu.lasting),
-        "tools": {**tools(), **target.toolchain()},
+        "runtime": [request.runtime, bundle_name(request.output) if request.runtime == AOT else ""],
+        "tools": {**tools(), **target.toolchain(), **job.preflight.toolchain},
     }
 
 
@@ -220,6 +221,8 @@ def build_options(request: CompileRequest) -> BuildOptions:
         gpu=request.gpu,
         precision=request.precision,
         float_type=request.float_type,
+        runtime=request.runtime,
+        name=bundle_name(request.output),
     )
 
 
@@ -251,8 +254,8 @@ def _build_stage(job: Job, graph: Stage) -> Stage:
     def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
         engine = build_apart(name, graph.file(CLEANED), _options(job, measured), folder)
         files = {name: path for name, (_role, path) in engine.files.items()}
-        size = sum(path.stat().st_size for path in files.values())
-        detail = f"{name} {engine.target.processor}, {_kernels(engine)}{size / 1e6:.1f} MB"
+        size = sum(files[name].stat().st_size for name in engine.record.roles)
+        detail = f"{name} {engine.target.processor}, {_kernels(engine)}{size / 1e6:.1f} MB{_memory(engine)}"
         return {"engine": engine_to_plain(engine)}, files, detail
 
     return Stage("build", key, compute, job.cache, job.reporter)
@@ -260,6 +263,10 @@ def _build_stage(job: Job, graph: Stage) -> Stage:
 
 def _kernels(engine: Engine) -> str:
     return f"{len(engine.layers)} kernels, " if engine.layers else ""
+
+
+def _memory(engine: Engine) -> str:
+    return "".join(f", {kind} {size / 1e3:.1f} kB" for kind, size in engine.memory.items())
 
 
 def check_fallback(job: Job, variant: Variant) -> None:
@@ -328,7 +335,7 @@ def choose(job: Job, int8: Variant) -> Choice:
             "target has no model of time to predict it with; measure both on the device"
         )
         return Choice(int8)
-    here = away is None
+    here = away is None and job.request.runtime != AOT  # such engines tell no times of kernels
     variants = {INT8: int8, FP32: _fp32(job)}
     payoff = _payoff(job, variants, engine.target.processor, here=here)
     if job.request.precision == AUTO:
@@ -501,7 +508,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
 
 
 def _engine_files(build: Stage, engine: Engine) -> dict[str, tuple[str, Path]]:
-    return {name: (role, build.file(name)) for name, role in engine.record.roles.items()}
+    return {name: (role, build.file(name)) for name, (role, _path) in engine.files.items()}
 
 
 def _write_trial(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> Engine:

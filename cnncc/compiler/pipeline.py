@@ -40,7 +40,7 @@ from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
 from cnncc.targets.base import Preflight, Preflighting, Target
 from cnncc.targets.registry import load_target
-from cnncc_runtime.bundle import MANIFEST, Bundle, read_bundle
+from cnncc_runtime.bundle import AOT_STATIC, MANIFEST, Bundle, read_bundle
 from cnncc_runtime.errors import BundleRefused, CnnccError, ParityFailed, UsageError
 from cnncc_runtime.files import atomic_file, atomic_folder, storage_errors, sweep
 
@@ -111,7 +111,7 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
     export = export_stage(request.model, cache, reporter)
     clean = clean_stage(export, cache, reporter)
     _check_batches(export, request.batches)
-    job = Job(request, target, preflight.builders, export, clean, cache, reporter)
+    job = Job(request, target, preflight, export, clean, cache, reporter)
     variant = quantized(job)
     check_fallback(job, variant)
     choice = choose(job, variant)
@@ -267,7 +267,15 @@ def _publish(verify: Stage, output: Path) -> Compiled:
         with atomic_folder(output, marker=MANIFEST) as folder:
             for name, path in files.items():
                 shutil.copyfile(path, folder / name)
+            _make_executable(folder)
     return Compiled(read_bundle(output), value["state"], tuple(value["failures"]), unchanged)
+
+
+def _make_executable(folder: Path) -> None:
+    """Let an engine that is an executable be run by its name; sessions need no such right."""
+    engine = read_bundle(folder).manifest.engine
+    if engine.format == AOT_STATIC:
+        (folder / engine.file).chmod(0o755)
 
 
 def _holds(output: Path, digest: str) -> bool:

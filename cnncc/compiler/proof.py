@@ -16,8 +16,9 @@ from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.verify import Executor, Run, verify_bundle
 from cnncc.graph.names import module_path
 from cnncc.graph.onnx_graph import OnnxGraph
-from cnncc.targets.base import BuildOptions, GpuOptions, KernelOptions, Profile
+from cnncc.targets.base import AOT, VM, BuildOptions, GpuOptions, KernelOptions, Profile
 from cnncc_runtime.bundle import (
+    AOT_STATIC,
     MANIFEST,
     PARITY,
     REFERENCE,
@@ -121,6 +122,7 @@ def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Repo
             bundle.manifest.batches,
             kernels=kernels_of(bundle.manifest.layers, graph),
             gpu=gpu_options(bundle.manifest),
+            runtime=AOT if bundle.manifest.engine.format == AOT_STATIC else VM,
             progress=reporter.progress,
         )
         engine = build_apart(bundle.manifest.target.name, path, options, folder)

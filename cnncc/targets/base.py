@@ -144,6 +144,10 @@ def budget_spent(budget: float) -> BuildFailed:
     )
 
 
+VM, AOT = "vm", "aot-static"
+"""What runs an engine for CPUs: a virtual machine out of the runtime's library, or the engine itself."""
+
+
 Specialize = Callable[["OnnxGraph", int], "OnnxGraph"]
 """Returns a graph for one batch size, what became constant folded."""
 
@@ -175,6 +179,8 @@ class BuildOptions:
         precision: What the graph computes in, for a target to say no before there is one (`Preflighting`): ``fp32``,
             ``fp16``, ``bf16``, ``int8`` or ``auto``. A build does what the graph says.
         float_type: What is not int8 computes in, likewise.
+        runtime: `VM` or `AOT`.
+        name: What the C of an engine of `AOT` calls the model.
         timings: Folder where times of kernels are kept, for later builds to be faster; None to keep none.
         progress: Told how far the build is.
         note: Told what the user did not ask for but should know.
@@ -189,6 +195,8 @@ class BuildOptions:
     gpu: GpuOptions = GpuOptions()
     precision: str = "fp32"
     float_type: str = "fp32"
+    runtime: str = VM
+    name: str = "network"
     timings: Path | None = field(default=None, compare=False)
     progress: Progress = field(default=_no_progress, compare=False)
     note: Callable[[str], None] = field(default=_no_note, compare=False)
@@ -246,6 +254,8 @@ class Engine:
         toolchain: Name → version of everything that made it.
         layers: Executed kernel and precision per layer, in the user's module names.
         reproducible: Whether the same inputs and toolchain give the same bytes.
+        extras: Names of other files beside the payload → their roles in a bundle.
+        memory: What it takes, by kind, in bytes; empty where the engine does not know.
     """
 
     target: TargetRecord
@@ -254,11 +264,14 @@ class Engine:
     toolchain: dict[str, str]
     layers: tuple[LayerRecord, ...]
     reproducible: bool
+    extras: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def files(self) -> dict[str, tuple[str, Path]]:
-        """Names of the files that make up the engine → their roles in a bundle, and where they lie."""
-        return {name: (role, self.payload.with_name(name)) for name, role in self.record.roles.items()}
+        """Names of the engine's files → their roles in a bundle, and where they lie."""
+        roles = self.record.roles | self.extras
+        return {name: (role, self.payload.with_name(name)) for name, role in roles.items()}
 
 
 @runtime_checkable
@@ -306,10 +319,12 @@ class Preflight:
     Attributes:
         builders: Names by which the Q/DQ lint knows what builds (``llvm``, ``tensorrt``, ``tensorrt-rtx``).
         notes: What the user should know of it, a sentence each.
+        toolchain: What else shapes the engine's bytes than `Target.toolchain` says, for these options: name → version.
     """
 
     builders: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    toolchain: dict[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable

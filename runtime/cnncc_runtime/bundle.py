@@ -31,8 +31,13 @@ MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
 BENCHMARK = "benchmark.json"
+MEMORY = "memory.json"
+"""Bytes that an executable takes, by kind: ``arena`` (written), ``weights`` (only read), ``code``."""
 REFERENCE = "reference.onnx"
 """The cleaned ONNX model, for `verify` and `bench`; a device does not need it."""
+
+AOT_STATIC = "aot-static"
+"""Format of engines that are executables: see `cnncc_runtime.aot_session`."""
 
 PARITIES = ("passed", "failed", "pending")
 
@@ -74,7 +79,7 @@ class EngineRecord:
 
     Attributes:
         file: Its name in the bundle, exactly as the vendor's tools expect it.
-        format: Which session opens it (``tvm-vm``, ``tensorrt``, ``tensorrt-rtx``).
+        format: Which session opens it (``tvm-vm``, ``aot-static``, ``tensorrt``, ``tensorrt-rtx``).
         abi: Version of the runtime interface it needs; with a ``+`` where newer ones of its major version run it too
             (``tensorrt 10.16.1.11+``).
         entries: Batch size → function; a model without a batch dimension has one entry, ``0``.
@@ -128,7 +133,8 @@ class FileRecord:
     Attributes:
         sha256: ``sha256:<hex>``.
         size: Bytes.
-        role: ``engine``, ``weights``, ``golden``, ``report`` or ``reference``; devices need the first three.
+        role: ``engine``, ``weights``, ``golden``, ``report``, ``reference``, or ``library``, which apps
+            are linked with; devices need the first three.
     """
 
     sha256: str

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from numpy.typing import NDArray
 
-from cnncc_runtime.bundle import Bundle, EngineRecord, Manifest, TargetRecord, read_bundle
+from cnncc_runtime.bundle import AOT_STATIC, Bundle, EngineRecord, Manifest, TargetRecord, read_bundle
 from cnncc_runtime.cpu import HostCpu, host_cpu, usable_cores
 from cnncc_runtime.errors import (
     BundleRefused,
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Self
 
-FORMATS = {"tvm-vm": "cnncc_runtime.tvm_session:TvmSession"} | dict.fromkeys(
-    PLANS, "cnncc_runtime.plan_session:PlanSession"
-)
+FORMATS = {
+    "tvm-vm": "cnncc_runtime.tvm_session:TvmSession",
+    AOT_STATIC: "cnncc_runtime.aot_session:AotSession",
+} | dict.fromkeys(PLANS, "cnncc_runtime.plan_session:PlanSession")
 """Engine format → ``module:Class`` (a `SessionClass`), imported when a bundle asks for it."""
 
 FORMATS_GROUP = "cnncc_runtime.formats"

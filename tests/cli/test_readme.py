@@ -18,8 +18,8 @@ from tests.cli.harness import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL))
-FOREIGN = {"--index-url", "--extra-index-url", "--no-deps"}
-"""Flags of pip, which a README may show."""
+FOREIGN = {"--index-url", "--extra-index-url", "--no-deps", "--bench", "--verify"}
+"""Flags of pip, and of the executables that cnncc makes: a README may show them."""
 
 
 def command_lines() -> list[str]:

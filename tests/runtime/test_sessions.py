@@ -354,7 +354,9 @@ def test_an_engine_of_another_tvm_is_refused(bundle: Make) -> None:
 
 def test_formats_are_found_by_name(bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle(engine=EngineRecord(ENGINE, "riddle", ABI, {0: "main"}))
-    with pytest.raises(BundleRefused, match="format is 'riddle', this runtime knows tensorrt, tensorrt-rtx, tvm-vm"):
+    with pytest.raises(
+        BundleRefused, match="format is 'riddle', this runtime knows aot-static, tensorrt, tensorrt-rtx, tvm-vm"
+    ):
         cnncc_runtime.open(path)
     monkeypatch.setitem(FORMATS, "riddle", "no_such_module_at_all:Session")
     with pytest.raises(TargetUnavailable, match="'riddle' cannot be run here"):

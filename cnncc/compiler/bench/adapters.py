@@ -114,6 +114,8 @@ class CnnccAdapter:
             path, threads=threads, allow_unverified=self._unverified, cuda_graph=self._cuda_graph
         )
         self._session = session.__enter__()
+        if getattr(session, "apart", False):
+            self.note = "through pipes; its process is not in the peak RSS"
         gpu = getattr(session, "gpu", None)
         if self._gpu and gpu is not None and str(gpu.index) != self._gpu:
             raise RunFailed(f"the engine runs on GPU {gpu.index}, its peers on GPU {self._gpu}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cnncc.targets.llvm.threads.pool import write_object
 from cnncc.targets.llvm.threads.regions import announce_regions
 from cnncc.targets.llvm.wide import wide
 
-_PIPELINE = "cnncc"
+_PIPELINE, _PLAIN = "cnncc", "cnncc-plain"
 
 
 def kernel_passes() -> list[tuple[str, Any]]:
@@ -94,6 +95,25 @@ def write_kernels(module: Any, target: Any, folder: Path) -> tuple[dict[str, Any
         if isinstance(function, tirx.PrimFunc)
     }
     return kernels, _exported(tirx.build(tvm.IRModule(kernels), target, pipeline=_PIPELINE), target, folder)
+
+
+def write_module(module: Any, passes: Sequence[Any], target: Any, path: Path) -> Path:
+    """Generate machine code for functions that need none of the runtime, by passes of their own.
+
+    Args:
+        module: Scheduled kernels.
+        passes: From those to what LLVM takes.
+        target: TVM's target.
+        path: The object file to write.
+
+    Returns:
+        The path.
+    """
+    tirx.register_tir_pipeline(
+        _PLAIN, lambda: (tvm.ir.transform.Sequential(list(passes)), finalize_host_passes, finalize_device_passes)
+    )
+    tirx.build(module, target, pipeline=_PLAIN).write_to_file(str(path), "o")
+    return path
 
 
 def _exported(built: Any, target: Any, folder: Path) -> list[Path]:

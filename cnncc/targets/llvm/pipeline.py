@@ -26,6 +26,23 @@ Passes = Sequence[tuple[str, Any]]
 
 
 @dataclass(frozen=True)
+class ScheduledProgram:
+    """A module whose kernels are made.
+
+    Attributes:
+        module: Relax functions that call them, and scheduled kernels.
+        calls: Entry → its kernel calls in order.
+        kernels: Kernel → how it was made.
+        expansions: Which constants are made of smaller ones.
+    """
+
+    module: Any
+    calls: Mapping[str, tuple[Call, ...]]
+    kernels: Mapping[str, Scheduled]
+    expansions: Expansions
+
+
+@dataclass(frozen=True)
 class Lowered:
     """A module that is ready for code generation.
 
@@ -120,6 +137,22 @@ def lower(
     Returns:
         The module and which kernels compute which nodes.
     """
+    scheduled, entries = schedule_kernels(module, policies, target, machine, progress, plans), list(policies)
+    with target, tvm.transform.PassContext(opt_level=3):
+        module = run(scheduled.module, lower_passes())
+        module, weights = separate(module, entries, scheduled.expansions)
+    return Lowered(module, scheduled.calls, scheduled.kernels, weights)
+
+
+def schedule_kernels(
+    module: Any,
+    policies: Mapping[str, KernelPolicy],
+    target: Any,
+    machine: Machine,
+    progress: Progress,
+    plans: Plans | None = None,
+) -> ScheduledProgram:
+    """Run the passes that make kernels; the arguments are those of `lower`."""
     entries = list(policies)
     expansions = Expansions()
     with target, tvm.transform.PassContext(opt_level=3):
@@ -131,10 +164,8 @@ def lower(
         calls = {entry: replay(module, entry, origins[entry]) for entry in entries}
         module = run(module, merge_passes())
         module, kernels = schedule(module, RULES, machine, lambda fraction: progress("schedule kernels", fraction))
-        module = run(module, lower_passes())
-        module, weights = separate(module, entries, expansions)
     kept = {entry: tuple(call for call in calls[entry] if call.kernel in kernels) for entry in entries}
-    return Lowered(module, kept, kernels, weights)
+    return ScheduledProgram(module, kept, kernels, expansions)
 
 
 def run(module: Any, passes: Passes) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnncc.targets.base import (
+    AOT,
     Availability,
     BuildOptions,
     Engine,
@@ -25,9 +26,11 @@ from cnncc.targets.base import (
 )
 from cnncc.targets.devices import host_machine, machine_name, named
 from cnncc.targets.entries import batch_sizes
+from cnncc.targets.llvm.aot.toolchain import find_compiler
 from cnncc.targets.llvm.link import INSTALL, find_linker, link
-from cnncc_runtime import engine_threads
-from cnncc_runtime.bundle import EngineRecord, TargetRecord
+from cnncc_runtime import aot_session, engine_threads
+from cnncc_runtime.bundle import AOT_STATIC, MEMORY, EngineRecord, TargetRecord
+from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import BuildFailed, CnnccError, TargetUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 ENGINE = "engine.so"
 FORMAT = "tvm-vm"
+_C_COMPILER = "c-compiler"
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 
 
@@ -63,10 +67,11 @@ class LlvmTarget:
         return Availability("ready", f"TVM {_version('apache-tvm')}, {linker.version}")
 
     def preflight(self, options: BuildOptions) -> Preflight:
-        """Refuse GPUs and half precision; see `cnncc.targets.base.Preflighting`.
+        """Refuse GPUs, half precision, and several sizes in an executable; see `cnncc.targets.base.Preflighting`.
 
         Raises:
-            UsageError: The device is a GPU, or the precision none of a CPU's.
+            UsageError: The device is a GPU, the precision none of a CPU's, or an executable is to be for several sizes.
+            TargetUnavailable: No C compiler makes the executable.
         """
         if options.profile.gpu:
             raise UsageError(
@@ -79,6 +84,10 @@ class LlvmTarget:
         ):
             if asked in ("fp16", "bf16"):
                 raise UsageError(f"the llvm target does not compute in {asked}", hint=hint)
+        if options.runtime == AOT:
+            _check_entries(dict.fromkeys(options.batches, ""))
+            compiler = find_compiler(machine_name(options.profile.triple), host_machine())
+            return Preflight((self.name,), toolchain={_C_COMPILER: compiler.version})
         return Preflight((self.name,))
 
     def toolchain(self) -> dict[str, str]:
@@ -115,10 +124,12 @@ class LlvmTarget:
         """
         profile = named(options.profile)
         machine = machine_name(profile.triple)
-        linker = find_linker(machine, host_machine())
         if problem := _import_problem():
             raise TargetUnavailable(problem, hint="pip install cnncc")
         entries = _entries(graph, options.batches)
+        if options.runtime == AOT:
+            return self._build_aot(graph, replace(options, profile=profile), entries, workdir)
+        linker = find_linker(machine, host_machine())
         with _failures():
             from cnncc.targets.llvm.compile import compile_graph
             from cnncc.targets.llvm.weights import WEIGHTS, write_weights
@@ -132,13 +143,38 @@ class LlvmTarget:
             weights = write_weights(compiled.weights, entries, workdir / WEIGHTS)
             options.progress("link", 1.0)
         return Engine(
-            target=TargetRecord(self.name, profile.name, profile.triple, profile.cpu, machine, profile.features),
+            target=self._record(profile),
             record=EngineRecord(ENGINE, FORMAT, abi(), entries, weights),
             payload=payload,
             toolchain=self.toolchain(),
             layers=compiled.layers,
             reproducible=True,
         )
+
+    def _build_aot(self, graph: OnnxGraph, options: BuildOptions, entries: dict[int, str], workdir: Path) -> Engine:
+        _check_entries(entries)
+        [bound] = _graphs(graph, entries, options).values()
+        with _failures():
+            from cnncc.targets.llvm.aot.build import build_aot
+
+            made = build_aot(bound, options, options.name, workdir)
+        memory = {"arena": made.sizes.arena, "weights": made.sizes.weights, "code": made.sizes.code}
+        (workdir / MEMORY).write_bytes(canonical_json(memory))
+        toolchain = {name: found for name, found in self.toolchain().items() if name != "linker"}
+        return Engine(
+            target=self._record(options.profile),
+            record=EngineRecord(made.executable.name, AOT_STATIC, aot_session.ABI, entries),
+            payload=made.executable,
+            toolchain={**toolchain, _C_COMPILER: made.compiler},
+            layers=made.layers,
+            reproducible=True,
+            extras={made.library.name: "library", made.header.name: "library", MEMORY: "report"},
+            memory=memory,
+        )
+
+    def _record(self, profile: Profile) -> TargetRecord:
+        machine = machine_name(profile.triple)
+        return TargetRecord(self.name, profile.name, profile.triple, profile.cpu, machine, profile.features)
 
     def measure(self, graph: OnnxGraph, options: MeasureOptions) -> Measured:
         """Time the kernels of a graph's convolutions on this machine; see `cnncc.targets.base.Measuring`.
@@ -218,6 +254,19 @@ def _graphs(graph: OnnxGraph, entries: dict[int, str], options: BuildOptions) ->
 
 def _entries(graph: OnnxGraph, batches: tuple[int, ...]) -> dict[int, str]:
     return {batch: f"main_{batch}" for batch in batch_sizes(graph, batches, "llvm")} or {0: "main"}
+
+
+def _check_entries(entries: dict[int, str]) -> None:
+    """Refuse several sizes where there is no virtual machine.
+
+    Raises:
+        UsageError: There are several.
+    """
+    if len(entries) > 1:
+        raise UsageError(
+            f"an engine of --runtime {AOT} has static shapes only, and {len(entries)} batch sizes were asked for",
+            hint="give --batch one size, and compile once for each",
+        )
 
 
 @contextmanager
