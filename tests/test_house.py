@@ -35,6 +35,8 @@ def test_a_wheel_holds_its_package_and_nothing_else(folder: Path, package: str, 
     if package == "cnncc":
         assert "cnncc/targets/llvm/target.py" in names
         assert {"cnncc/targets/llvm/threads/pool.c", "cnncc/targets/llvm/threads/pool.ll"} <= set(names)
+    else:
+        assert {"cnncc_runtime/c/main.c", "cnncc_runtime/c/Makefile"} <= set(names)
 
 
 def test_the_links_of_the_documents_lead_somewhere() -> None:
