@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnncc.compiler.emulation import EMULATORS, WHEELS, make_runner
+from cnncc.compiler.emulation import WHEELS
 from cnncc.graph.reader import read_onnx
 from cnncc.graph.reference import Reference
 from cnncc_runtime.bundle import MANIFEST, REFERENCE, read_bundle, write_bundle
@@ -39,40 +39,51 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A device's disk: ``cnncc-run`` and TVM's libraries."""
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the devices."""
     board.require()
-    return make_runner(EMULATORS["aarch64"], board.WHEELS, tmp_path_factory.mktemp("device"))
-
-
-def on(cpu: str, program: Path) -> Runner:
-    return Runner(program, ("qemu-aarch64", "-cpu", cpu, "-L", str(board.SYSROOT)), {"CNNCC_TVM_RUNTIME": ""})
+    return tmp_path_factory.mktemp("disk")
 
 
 @pytest.mark.parametrize(("cpu", "tolerance"), [("cortex-a72", 1e-5), ("cortex-a76", 2e-2)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_an_engine_computes_what_onnx_runtime_computes(
-    bundles: dict[str, Path], device: Path, tmp_path: Path, cpu: str, tolerance: float, batch: int
+    bundles: dict[str, Path], disk: Path, tmp_path: Path, cpu: str, tolerance: float, batch: int
 ) -> None:
     x = RANDOM.random((batch, 3, 28, 28), np.float32)
     np.save(tmp_path / "x.npy", x)
-    told = on(cpu, device)(
-        bundles[cpu], "--allow-unverified", "--input", tmp_path / "x.npy", "--output", tmp_path, "--verify", "--json"
-    ).document
+    told = (
+        board.make_board(disk, cpu)
+        .runner(
+            bundles[cpu],
+            "--allow-unverified",
+            "--input",
+            tmp_path / "x.npy",
+            "--output",
+            tmp_path,
+            "--verify",
+            "--json",
+        )
+        .document
+    )
     assert told["verify"] == {"problems": [], "passed": True}
     found = np.load(tmp_path / told["outputs"][0]["file"])
     [wanted] = Reference(read_onnx(bundles[cpu] / REFERENCE)).run({"image": x}).values()
     assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
 
 
-def test_an_engine_of_a_newer_cpu_is_refused_before_it_can_die(bundles: dict[str, Path], device: Path) -> None:
-    said = on("cortex-a72", device)(bundles["cortex-a76"], "--allow-unverified", "--verify", code=3).stderr
+def test_an_engine_of_a_newer_cpu_is_refused_before_it_can_die(bundles: dict[str, Path], disk: Path) -> None:
+    said = (
+        board.make_board(disk, "cortex-a72")
+        .runner(bundles["cortex-a76"], "--allow-unverified", "--verify", code=3)
+        .stderr
+    )
     assert "built for: cortex-a76, found: a CPU which lacks dotprod" in said
 
 
-def test_each_cpu_has_the_features_that_arm_gave_it(device: Path) -> None:
+def test_each_cpu_has_the_features_that_arm_gave_it(disk: Path) -> None:
     def features(cpu: str) -> set[str]:
-        return set(on(cpu, device)("--features", "--json").document["features"])
+        return set(board.make_board(disk, cpu).runner("--features", "--json").document["features"])
 
     assert features("cortex-a72") == {"fp-armv8", "neon", "aes", "sha2", "crc"}
     assert features("cortex-a76") - features("cortex-a72") >= {"dotprod", "fullfp16", "lse", "rcpc", "rdm"}

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,13 +207,18 @@ def test_what_is_no_canonical_json_is_refused(sanitized: Runner, whole: Path, co
     assert words in sanitized(whole, code=4).stderr
 
 
+def places(holder: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every list or object below a value, with each of its keys."""
+    for at, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+        yield holder, at
+        if isinstance(value, (dict, list)):
+            yield from places(value)
+
+
 def mutated(plain: Any, rng: random.Random) -> None:
     """Change one thing of what the program reads of a manifest."""
-    key = rng.choice([key for key in JUDGED if key in plain])
-    holder, at = plain, key
-    while isinstance(holder[at], (dict, list)) and holder[at] and rng.random() < 0.9:
-        holder = holder[at]
-        at = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
+    found = [(holder, at) for holder, at in places(plain) if holder is not plain or at in JUDGED]
+    holder, at = rng.choice(found)
     value = holder[at]
     odd = [None, True, 0, 1, -1, 63, 64, 1 << 31, 1 << 40, 1 << 62, 1 << 70, 1.5, 1e300, "", "x", "../x", "a/./b", "N"]
     odd += [
