@@ -207,6 +207,64 @@ def test_what_is_no_canonical_json_is_refused(sanitized: Runner, whole: Path, co
     assert words in sanitized(whole, code=4).stderr
 
 
+def weight(plain: Any, position: int) -> Any:
+    return plain["engine"]["weights"]["tensors"][position]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plain: weight(plain, 1)["expansion"].update(parts=0), "an expansion of 0 parts"),
+        (lambda plain: weight(plain, 1)["expansion"].update(parts=-1), "an expansion of -1 parts"),
+        (lambda plain: weight(plain, 1)["expansion"].update(parts=4), "cannot be made of what the file holds"),
+        (lambda plain: weight(plain, 1)["expansion"].update(matrix=3), "cannot be made of what the file holds"),
+        (lambda plain: weight(plain, 1)["expansion"].update(matrix=-1), "cannot be made of what the file holds"),
+        (lambda plain: weight(plain, 1)["expansion"].update(matrix=1 << 40), "cannot be made of what the file holds"),
+        (lambda plain: weight(plain, 1)["expansion"].update(matrix=1), "cannot be made of what the file holds"),
+        (lambda plain: weight(plain, 1)["expansion"].update(matrix=2), "cannot be made of what the file holds"),
+        (lambda plain: weight(plain, 1).update(dtype="int32"), "cannot be made of what the file holds"),
+        (lambda plain: weight(plain, 1).update(offset=65), "does not lie in 'weights.bin'"),
+        (lambda plain: weight(plain, 1).update(offset=192), "does not lie in 'weights.bin'"),
+        (lambda plain: weight(plain, 1).update(offset=-64), "does not lie in 'weights.bin'"),
+        (lambda plain: weight(plain, 2).update(shape=[65]), "does not lie in 'weights.bin'"),
+        (lambda plain: weight(plain, 2).update(shape=[1] * 33), "a tensor of 33 axes"),
+        (lambda plain: weight(plain, 2).update(shape=[0]), "a tensor of size 0"),
+        (lambda plain: weight(plain, 2).update(shape=[1 << 40]), "a tensor of size 1099511627776"),
+        (lambda plain: weight(plain, 2).update(shape=[1 << 39] * 32), "larger than any memory"),
+        (lambda plain: weight(plain, 2).update(shape=["N"]), "a size is a text, not a whole number"),
+        (lambda plain: weight(plain, 2).update(dtype="float8"), "the element type 'float8'"),
+        (lambda plain: weight(plain, 2).update(extra=1), "a weight has 5 fields, not 4"),
+        (lambda plain: plain["engine"]["weights"]["entries"]["1"].append(3), "the weight 3 of 3"),
+        (lambda plain: plain["engine"]["weights"]["entries"]["1"].append(-1), "the weight -1 of 3"),
+        (lambda plain: plain["engine"]["weights"]["entries"].pop("4"), "the weights' entries has 1 fields, not 2"),
+        (lambda plain: plain["engine"]["entries"].pop("4"), "entries has 1 fields, not 2"),
+        (lambda plain: plain.update(batches=[1, 2]), "the batch size 4, which was not built"),
+        (lambda plain: plain.update(batches=[]), "entries has 2 fields, not 1"),
+        (lambda plain: plain["engine"].update(file="absent.so"), "the engine 'absent.so' is not among the files"),
+        (lambda plain: plain["engine"].update(file=WEIGHTS), "the engine 'weights.bin' is its weights too"),
+        (lambda plain: plain["engine"]["weights"].update(file="absent"), "the weights 'absent' are not among"),
+        (lambda plain: plain["inputs"].append(plain["inputs"][0]), "inputs of the same name"),
+        (lambda plain: plain["outputs"][0].update(shape=[1] * 33), "a tensor of 33 axes"),
+        (lambda plain: plain["files"].update({"../x": plain["files"][ENGINE]}), "the file '../x'"),
+        (lambda plain: plain["files"].update({"/etc/x": plain["files"][ENGINE]}), "the file '/etc/x'"),
+        (lambda plain: plain["files"].update({"a//x": plain["files"][ENGINE]}), "the file 'a//x'"),
+        (lambda plain: plain["files"].update({"": plain["files"][ENGINE]}), "the file ''"),
+        (lambda plain: plain["files"][ENGINE].update(size=-1), "the file 'engine.so'"),
+        (lambda plain: plain["files"][ENGINE].update(sha256="sha256:" + "A" * 64), "the file 'engine.so'"),
+        (lambda plain: plain.update(parity="perhaps"), "the parity 'perhaps'"),
+        (lambda plain: plain.update(label=plain.pop("labels")), "'labels' is missing"),
+        (lambda plain: plain["target"].update(features="avx2"), "features is a text, not a list"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    sanitized: Runner, whole: Path, change: Callable[[Any], object], words: str
+) -> None:
+    rewrite(whole, change)
+    assert words in sanitized(whole, code=4).stderr
+    with pytest.raises(BundleRefused):
+        read_bundle(whole)
+
+
 def places(holder: Any) -> Iterator[tuple[Any, Any]]:
     """Yield every list or object below a value, with each of its keys."""
     for at, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
@@ -217,7 +275,8 @@ def places(holder: Any) -> Iterator[tuple[Any, Any]]:
 
 def mutated(plain: Any, rng: random.Random) -> None:
     """Change one thing of what the program reads of a manifest."""
-    found = [(holder, at) for holder, at in places(plain) if holder is not plain or at in JUDGED]
+    judged = {key: plain[key] for key in JUDGED if key in plain}
+    found = [(plain if holder is judged else holder, at) for holder, at in places(judged)]
     holder, at = rng.choice(found)
     value = holder[at]
     odd = [None, True, 0, 1, -1, 63, 64, 1 << 31, 1 << 40, 1 << 62, 1 << 70, 1.5, 1e300, "", "x", "../x", "a/./b", "N"]
@@ -241,6 +300,8 @@ def mutated(plain: Any, rng: random.Random) -> None:
         holder[rng.choice(["0", "1", "4", "zz", "file", "a\x01", "é"])] = value
     elif kind < 0.3:
         holder.insert(0, value)
+    elif kind < 0.4 and isinstance(value, list):
+        holder[at] = value * rng.choice([2, 40])
     elif kind < 0.5 and isinstance(value, int):
         holder[at] = value + rng.choice([-64, -1, 1, 64])
     else:
