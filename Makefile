@@ -26,7 +26,7 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
 AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross \
     gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross
 
-.PHONY: help setup demo test test-gpu aarch64 tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+.PHONY: help setup demo test test-gpu aarch64 cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
 	@echo 'make aarch64   what the tests run engines for ARM and RISC-V with; Debian packages only as root'
+	@echo 'make cnncc-run   the C program that runs bundles on devices, for this machine and each with a cross compiler here'
 	@echo 'make tensorrt   the bindings of TensorRT 10 and 11 that the tests hold our calls against'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
 	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
@@ -83,6 +84,20 @@ build/aarch64/.ready: pyproject.toml | setup
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 	    --platform manylinux_2_28_aarch64 --dest $(@D) $$($(BIN)/pip freeze | grep '^apache-tvm') && touch $@ || \
 	    echo 'no libraries of TVM for AArch64 could be downloaded'
+
+# What a device without Python runs bundles with; a compiler for each machine
+RUNNERS := $(shell uname -m):cc aarch64:aarch64-linux-gnu-gcc arm:arm-linux-gnueabihf-gcc
+
+cnncc-run: setup
+	@for runner in $(RUNNERS); do \
+	    machine=$${runner%%:*} compiler=$${runner#*:}; \
+	    if command -v $$compiler >/dev/null; then \
+	        $(MAKE) --no-print-directory -C runtime/c PYTHON=$(abspath $(BIN)/python) CC=$$compiler \
+	            OUT=$(abspath build/cnncc-run/$$machine/cnncc-run); \
+	    else \
+	        echo "none for $$machine: there is no $$compiler here"; \
+	    fi; \
+	done
 
 # Only what says which functions there are: 1.3 MB each. The libraries behind them need NVIDIA's own index
 tensorrt: build/tensorrt/.ready

@@ -37,6 +37,8 @@ def test_a_wheel_holds_its_package_and_nothing_else(folder: Path, package: str, 
         sources = {"threads/pool.c", "threads/pool.ll", "wide/wide.ll", "aot/main.c"}
         assert {f"cnncc/targets/llvm/{source}" for source in sources} <= set(names)
         assert "cnncc/targets/devices/profiles/raspberry-pi-4.toml" in names
+    else:
+        assert {"cnncc_runtime/c/main.c", "cnncc_runtime/c/Makefile"} <= set(names)
 
 
 def test_the_links_of_the_documents_lead_somewhere() -> None:

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 @click.option("--layers", is_flag=True, help="Compare every layer, and name the first that differs.")
 @click.option("--data", default="", help="Real inputs: image folder, .npz, package.module:factory.")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data at most.")
+@click.option("--emulate", is_flag=True, help="Run an engine for another CPU under QEMU.")
 @cache_option
 @common
-def command(render: Render, *, bundle: Path, layers: bool, data: str, samples: int, cache_dir: Path | None) -> None:
+def command(
+    render: Render, *, bundle: Path, layers: bool, data: str, samples: int, emulate: bool, cache_dir: Path | None
+) -> None:
     """Check that BUNDLE's engine computes what its model computes.
 
     The truth is the model in float64; the tolerance is a multiple of the error that float32 itself makes. Exits with
@@ -37,6 +40,7 @@ def command(render: Render, *, bundle: Path, layers: bool, data: str, samples: i
         data=data,
         samples=samples,
         layers=layers,
+        emulate=emulate,
         cache=open_cache(cache_dir, render).folder,
         reporter=render,
     )

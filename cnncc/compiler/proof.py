@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 
 from cnncc.calibration.data import load_data
 from cnncc.compiler.build_worker import build_apart
+from cnncc.compiler.emulation import EmulatedProcess, emulator_for, make_runner, qemu_command
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.parity import ParityReport
 from cnncc.compiler.reporting import Reporter
@@ -35,11 +37,16 @@ from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import StorageFailed, UsageError
 from cnncc_runtime.files import atomic_folder, scratch_folder
+from cnncc_runtime.golden import Runs
 from cnncc_runtime.gpu import host_gpus
 from cnncc_runtime.session import obstacle
 
 _WINOGRAD = "winograd"
 """What the schedule of a layer begins with that uses Winograd's method."""
+
+
+Opener = Callable[[Path], AbstractContextManager[Runs]]
+"""Opens a bundle's folder for running its engine."""
 
 
 def prove_bundle(
@@ -48,6 +55,7 @@ def prove_bundle(
     data: str = "",
     samples: int = 32,
     layers: bool = False,
+    emulate: bool = False,
     cache: Path,
     reporter: Reporter,
 ) -> ParityReport:
@@ -60,18 +68,22 @@ def prove_bundle(
         data: DATA for real inputs; seeded random ones where empty.
         samples: Real inputs at most.
         layers: Whether to compare layer by layer too; builds the engine again with every layer as an output.
+        emulate: Whether to run the engine under emulation of its CPU, which this machine is not.
         cache: A folder for scratch work.
         reporter: Told of progress.
 
     Raises:
         BundleRefused: The bundle is damaged.
-        EngineMismatch: The engine was built for another machine.
+        EngineMismatch: The engine was built for another machine, or for one that cannot be emulated.
+        DependencyMissing: What emulates its CPU is not installed.
         RunFailed: The engine failed or crashed.
         UsageError: Layers were asked for, and the bundle holds no model.
     """
     bundle = read_bundle(path)
     away = obstacle(bundle.manifest.target, bundle.manifest.engine)
-    if away is not None:
+    if emulate and away is None:
+        raise UsageError("this machine runs the engine itself", hint="leave out --emulate")
+    if away is not None and not emulate:
         raise type(away)(f"the engine cannot be executed here: {away.message}", hint=away.hint)
     if layers and not bundle.has(REFERENCE):
         raise UsageError(
@@ -82,16 +94,31 @@ def prove_bundle(
     found = load_data(data, manifest.inputs, manifest.preprocessing, limit=samples).samples if data else ()
     reporter.stage("verify")
     with ExitStack() as stack:
+        opener = _emulated(bundle.manifest.target, cache, stack, reporter) if emulate else EngineProcess
         report = verify_bundle(
             bundle,
             samples=[sample.feeds for sample in found],
             sample_names=[sample.name for sample in found],
-            layers=_layer_engines(bundle, cache, stack, reporter) if layers else None,
-            open_session=EngineProcess,
+            layers=_layer_engines(bundle, opener, cache, stack, reporter) if layers else None,
+            open_session=opener,
         )
+    if emulate:
+        report = replace(report, notes=(*report.notes, _emulation_note(bundle.manifest.target)))
     if manifest.parity == "pending":
         _record(bundle, report, reporter)
     return report
+
+
+def _emulated(target: TargetRecord, cache: Path, stack: ExitStack, reporter: Reporter) -> Opener:
+    """Return what opens bundles under emulation until the stack unwinds."""
+    emulator = emulator_for(target)
+    runner = make_runner(emulator, cache / "wheels", stack.enter_context(scratch_folder(cache)))
+    reporter.note(_emulation_note(target))
+    return partial(EmulatedProcess, runner=runner)
+
+
+def _emulation_note(target: TargetRecord) -> str:
+    return f"the engine was executed under emulation: {' '.join(qemu_command(emulator_for(target), target))}"
 
 
 def _record(bundle: Bundle, report: ParityReport, reporter: Reporter) -> None:
@@ -110,7 +137,7 @@ def _record(bundle: Bundle, report: ParityReport, reporter: Reporter) -> None:
         reporter.note(f"the bundle's parity was pending; it is now recorded as '{verdict}'")
 
 
-def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Reporter) -> Executor:
+def _layer_engines(bundle: Bundle, opener: Opener, cache: Path, stack: ExitStack, reporter: Reporter) -> Executor:
     """Return what builds an engine of a graph for the bundle's own target, and opens it until the stack unwinds."""
 
     def build(graph: OnnxGraph) -> Run:
@@ -130,7 +157,7 @@ def _layer_engines(bundle: Bundle, cache: Path, stack: ExitStack, reporter: Repo
         trial.mkdir()
         manifest = _with_engine(bundle.manifest, graph, engine.record)
         write_bundle(trial, manifest, engine.files)
-        return stack.enter_context(EngineProcess(trial)).run
+        return stack.enter_context(opener(trial)).run
 
     return build
 

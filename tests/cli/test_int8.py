@@ -138,7 +138,7 @@ def test_an_int8_engine_for_arm_computes_what_onnx_runtime_does(
     engine = Engine(made.target, made.engine, bundle / made.engine.file, {}, made.layers, reproducible=True)
     with np.load(data) as archive:
         for image in archive["x"][:4, None]:
-            (found,) = board.run(engine, [image])
+            (found,) = board.run(engine, made, [image])
             (wanted,) = Reference(graph).run({graph.inputs[0].name: image}).values()
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 

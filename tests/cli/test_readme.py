@@ -20,6 +20,9 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL))
 FOREIGN = {"--index-url", "--extra-index-url", "--no-deps", "--bench", "--verify"}
 """Flags of pip, and of the executables that cnncc makes: a README may show them."""
+FLAG = r"(?<![\w-])--[a-z][a-z-]*"
+RUNNER = (ROOT / "runtime" / "c" / "main.c").read_text(encoding="utf-8").partition("HELP[]")[2].partition('";')[0]
+"""What ``cnncc-run --help`` says."""
 
 
 def command_lines() -> list[str]:
@@ -51,13 +54,22 @@ def test_a_command_line_of_the_readme_parses(line: str) -> None:
 
 def test_every_flag_that_the_readme_names_exists() -> None:
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    known = {
-        option for command in commands if command for p in command.params for option in (*p.opts, *p.secondary_opts)
-    } | FOREIGN
+    known = (
+        {option for command in commands if command for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        | FOREIGN
+        | set(re.findall(FLAG, RUNNER))
+    )
     text = "\n".join([*(block for _, block in BLOCKS), *INLINE])
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    named = set(re.findall(FLAG, text))
     assert named
     assert named <= known
+
+
+def test_the_command_lines_of_the_c_runtime_name_its_own_flags() -> None:
+    lines = [line for _, block in BLOCKS for line in block.splitlines() if "cnncc-run " in line]
+    assert lines
+    for line in lines:
+        assert set(re.findall(FLAG, line)) <= set(re.findall(FLAG, RUNNER)), line
 
 
 def test_the_exit_codes_of_the_readme_are_those_of_help() -> None:
@@ -75,8 +87,8 @@ def test_the_files_that_the_readme_links_exist() -> None:
 
 def test_the_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
 
 

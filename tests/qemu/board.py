@@ -1,4 +1,4 @@
-"""Runs engines for AArch64 under `qemu-aarch64`, by `runner.c`, on the libraries of TVM's AArch64 wheels."""
+"""Runs engines for AArch64 under `qemu-aarch64`, by ``cnncc-run``, on the libraries of TVM's AArch64 wheels."""
 
 from __future__ import annotations
 
@@ -6,38 +6,45 @@ import functools
 import os
 import shutil
 import subprocess
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cnncc.compiler.emulation import EMULATORS, emulator_for, make_runner
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions, Engine, Profile
 from cnncc.targets.llvm.target import LlvmTarget
+from cnncc_runtime.bundle import TargetRecord, write_bundle
+from cnncc_runtime.errors import DependencyMissing
+from cnncc_runtime.specs import TensorSpec
 from tests.conftest import ROOT
-from tests.targets.llvm.running import weights_of
+from tests.runtime.c_runner import Runner
+from tests.runtime.engine_files import manifest
 
 WHEELS = ROOT / "build" / "aarch64"
 """Where `make aarch64` puts TVM's wheels."""
-SYSROOT = Path("/usr/aarch64-linux-gnu")
-TOOLS = ("qemu-aarch64", "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump")
-_LIBRARIES = {"apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so", "apache-tvm": "tvm/lib/libtvm_runtime.so"}
-_THREADS = 2
-_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLPack's type codes
-_KINDS = {code: kind for kind, code in _CODES.items()}
+EMULATOR = EMULATORS["aarch64"]
+_OBJDUMP = "aarch64-linux-gnu-objdump"
+_THREADS = "2"
 
 
 def problem() -> str:
     """Return what is missing here, or an empty text."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    missing += [str(path) for path in (SYSROOT / "lib" / "libstdc++.so.6",) if not path.exists()]
-    missing += [f"{package}'s wheel in {WHEELS}" for package in _LIBRARIES if _wheel(package) is None]
+    try:
+        emulator_for(TargetRecord("llvm", "", "", "", "aarch64", ()))
+    except DependencyMissing as exc:
+        return f"{exc.message}: `make aarch64` brings them"
+    wheels = [package for package in ("apache_tvm", "apache_tvm_ffi") if not list(WHEELS.glob(f"{package}-*.whl"))]
+    missing = [
+        *(f"{package}'s wheel in {WHEELS}" for package in wheels),
+        *([] if shutil.which(_OBJDUMP) else [_OBJDUMP]),
+    ]
     return f"{', '.join(missing)} not found: `make aarch64` brings them" if missing else ""
 
 
@@ -49,20 +56,13 @@ def require() -> None:
         pytest.skip(found)
 
 
-@dataclass(frozen=True)
-class Died(Exception):
-    """The runner ended badly.
+class Described(Protocol):
+    """What says what an engine takes and returns: a graph, or a manifest."""
 
-    Attributes:
-        code: Its exit code; negative for a signal.
-        said: What it wrote to stderr.
-    """
-
-    code: int
-    said: str
-
-    def __str__(self) -> str:
-        return f"exit code {self.code}: {self.said}"
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -70,45 +70,45 @@ class Board:
     """A machine that qemu emulates.
 
     Attributes:
-        folder: Holds the runner and TVM's libraries, and files of a run meanwhile.
-        cpu: As qemu names it: an instruction that this CPU lacks ends a run with SIGILL.
+        runner: ``cnncc-run`` on it.
     """
 
-    folder: Path
-    cpu: str
+    runner: Runner
 
-    def run(self, engine: Engine, feeds: Sequence[NDArray[Any]], entry: str = "main") -> list[NDArray[Any]]:
-        """Run one entry of an engine on two threads.
+    def run(self, engine: Engine, described: Described, feeds: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run an engine on two threads.
 
         Args:
-            engine: Its files where the build left them.
-            feeds: The entry's inputs, in the graph's order.
-            entry: Its name.
+            engine: Its files where the build left them; it has one entry.
+            described: What it takes and returns.
+            feeds: Its inputs, in that order.
 
         Returns:
             The outputs.
-
-        Raises:
-            Died: The engine crashed, or TVM refused it.
         """
-        given, made = self.folder / "input", self.folder / "output"
-        with given.open("wb") as file:
-            for array in [*feeds, *weights_of(engine, entry)]:
-                _write(file, array)
-        libraries = [str(self.folder / Path(name).name) for name in _LIBRARIES.values()]
-        command = ["qemu-aarch64", "-cpu", self.cpu, "-L", str(SYSROOT), str(self.folder / "runner"), *libraries,
-                   str(engine.payload), entry, str(_THREADS), str(given), str(made)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        if done.returncode:
-            raise Died(done.returncode, done.stderr.strip())
-        with made.open("rb") as file:
-            return list(_read(file))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            bundle = self.bundle(folder / "engine.cnncc", engine, described)
+            arguments: list[str | Path] = []
+            for number, array in enumerate(feeds):
+                np.save(folder / f"{number}.npy", np.asarray(array, order="C"))
+                arguments += ["--input", folder / f"{number}.npy"]
+            made = self.runner(bundle, *arguments, "--output", folder / "made", "--threads", _THREADS, "--json")
+            return [np.load(folder / "made" / one["file"]) for one in made.document["outputs"]]
+
+    @staticmethod
+    def bundle(folder: Path, engine: Engine, described: Described) -> Path:
+        """Write an engine's bundle into a folder, which is made."""
+        folder.mkdir()
+        made = manifest(described.inputs, described.outputs, target=engine.target, engine=engine.record)
+        write_bundle(folder, made, engine.files)
+        return folder
 
     def run_graph(
         self, graph: OnnxGraph, feeds: Mapping[str, NDArray[Any]], profile: Profile, workdir: Path
     ) -> list[NDArray[Any]]:
         """Build a graph as the target does and run it; see `run`."""
-        return self.run(build(graph, profile, workdir), [feeds[spec.name] for spec in graph.inputs])
+        return self.run(build(graph, profile, workdir), graph, [feeds[spec.name] for spec in graph.inputs])
 
 
 def build(graph: OnnxGraph, profile: Profile, workdir: Path) -> Engine:
@@ -118,43 +118,16 @@ def build(graph: OnnxGraph, profile: Profile, workdir: Path) -> Engine:
 
 
 def make_board(folder: Path, cpu: str) -> Board:
-    """Return a board; an empty folder becomes its disk."""
-    import tvm_ffi.libinfo
-
-    if not (folder / "runner").exists():
-        for package, name in _LIBRARIES.items():
-            wheel = _wheel(package)
-            assert wheel is not None
-            with zipfile.ZipFile(wheel) as archive:
-                (folder / Path(name).name).write_bytes(archive.read(name))
-        source = Path(__file__).with_name("runner.c")
-        options = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", tvm_ffi.libinfo.find_include_path()]
-        command = ["aarch64-linux-gnu-gcc", *options, str(source), "-o", str(folder / "runner")]
-        subprocess.run(command, check=True)
-    return Board(folder, cpu)
+    """Return a board of a CPU by QEMU's name; an empty folder becomes its disk."""
+    program = folder / "cnncc-run"
+    if not program.exists():
+        make_runner(EMULATOR, WHEELS, folder)
+    command = (EMULATOR.qemu, "-cpu", cpu, "-L", str(EMULATOR.sysroot))
+    return Board(Runner(program, command, {"CNNCC_TVM_RUNTIME": ""}))
 
 
 @functools.cache
 def disassembly(payload: Path) -> str:
     """Return an engine's machine code as text."""
-    command = ["aarch64-linux-gnu-objdump", "--disassemble", "--no-show-raw-insn", str(payload)]
+    command = [_OBJDUMP, "--disassemble", "--no-show-raw-insn", str(payload)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _wheel(package: str) -> Path | None:
-    name = f"{package.replace('-', '_')}-{version(package)}-*aarch64.whl"
-    return next(iter(sorted(WHEELS.glob(name))), None)
-
-
-def _write(file: BinaryIO, array: NDArray[Any]) -> None:
-    head = [_CODES[array.dtype.kind], 8 * array.itemsize, array.ndim, *array.shape]
-    file.write(np.array(head, "<i8").tobytes())
-    file.write(np.ascontiguousarray(array).tobytes())
-
-
-def _read(file: BinaryIO) -> Iterator[NDArray[Any]]:
-    while head := file.read(24):
-        code, bits, rank = np.frombuffer(head, "<i8").tolist()
-        shape = np.frombuffer(file.read(8 * rank), "<i8").tolist()
-        dtype = np.dtype(f"<{_KINDS[code]}{bits // 8}")
-        yield np.frombuffer(file.read(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)

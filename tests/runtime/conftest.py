@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cnncc_runtime.specs import TensorSpec
+from tests.runtime.c_runner import Runner, host_runner, sanitized_runner
 from tests.runtime.engine_files import WEIGHTY_RECORD, make_bundle, manifest
 
 HEAVY = ([TensorSpec("x", (512, 64))], [TensorSpec("y", (512, 64))])
@@ -41,3 +42,15 @@ def bundle(engines: Path, tmp_path: Path) -> Callable[..., Path]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """``cnncc-run``."""
+    return host_runner(tmp_path_factory.mktemp("runner"))
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """``cnncc-run`` with sanitizers and without TVM."""
+    return sanitized_runner(tmp_path_factory.mktemp("sanitized"))

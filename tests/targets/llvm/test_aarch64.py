@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cnncc.graph.reference import Reference
 from cnncc.targets.base import Engine, Profile
 from cnncc.targets.devices import named, resolve_profile
 from tests.calibration.graphs import Net, feeds_of, images, scales_for
-from tests.qemu.board import Board, Died, build, disassembly, make_board, require
+from tests.qemu.board import Board, build, disassembly, make_board, require
 from tests.targets.llvm.test_convolutions import Case
 from tests.targets.llvm.test_integers import EXTREMES, LARGEST, Run, check, check_largest, integer_cases
 
@@ -100,7 +100,7 @@ def test_a_quantized_network_is_exact(cpu: str, boards: dict[str, Board], engine
     found = audit(network(), engine.layers)
     assert (found.asked, found.fallbacks) == (9, ())
     for feeds in feeds_of(images(3, seed=1, shape=SHAPE)):
-        (got,) = boards[cpu].run(engine, [feeds["x"]])
+        (got,) = boards[cpu].run(engine, network(), [feeds["x"]])
         (want,) = Reference(network()).run(feeds).values()
         assert len(np.unique(want)) == want.size, "a network whose outputs are alike would prove little"
         np.testing.assert_array_equal(got, want)
@@ -117,11 +117,15 @@ def test_products_are_what_the_instruction_set_has(engines: dict[str, Engine]) -
         assert count(cpu, "sadalp") == 0
 
 
-def test_an_engine_with_dotprod_dies_where_there_is_none(boards: dict[str, Board], engines: dict[str, Engine]) -> None:
-    [feeds] = feeds_of(images(1, shape=SHAPE))
-    with pytest.raises(Died) as died:
-        boards["cortex-a72"].run(engines["cortex-a76"], [feeds["x"]])
-    assert died.value.code == -signal.SIGILL
+def test_an_engine_with_dotprod_is_refused_where_there_is_none_and_would_die(
+    boards: dict[str, Board], engines: dict[str, Engine], tmp_path: Path
+) -> None:
+    board, engine = boards["cortex-a72"], engines["cortex-a76"]
+    refused = board.runner(board.bundle(tmp_path / "honest", engine, network()), code=3).stderr
+    assert "built for: cortex-a76, found: a CPU which lacks dotprod" in refused
+    lying = replace(engine, target=replace(engine.target, features=()))
+    died = board.runner(board.bundle(tmp_path / "lying", lying, network()), "--bench", "0.1", code=5).stderr
+    assert "the engine crashed" in died
 
 
 @pytest.mark.parametrize("cpu", CPUS)
