@@ -30,8 +30,8 @@ PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 """Operators that multiply by weights. ConvTranspose stays in float: TensorRT computes no int8 for it (docs/qdq.md)."""
 
 FEWEST = 4
-"""Products in a sum up to which a convolution over one pixel, as in squeeze-and-excite, stays in float: int8 gains
-nothing there, and TensorRT-RTX computes it in float anyhow (`cnncc.calibration.lint_rules.floating`)."""
+"""Products in a sum up to which a convolution over one pixel of one image, as in squeeze-and-excite, stays in float:
+int8 gains nothing there, and TensorRT-RTX computes it in float anyhow (`cnncc.calibration.lint_rules.floating`)."""
 
 _MOVERS = frozenset(
     (
@@ -190,10 +190,11 @@ def _layer(graph: OnnxGraph, node: onnx.NodeProto) -> Layer | None:
 
 
 def _one_pixel(graph: OnnxGraph, name: str) -> bool:
-    """Whether a tensor is known to be an image of one pixel."""
+    """Whether a tensor is known to be one image of one pixel."""
     for value in graph.proto.graph.value_info:
         if value.name == name:
-            return all(dim.dim_value == 1 for dim in value.type.tensor_type.shape.dim[2:])
+            batch, _channels, *sizes = value.type.tensor_type.shape.dim
+            return all(dim.dim_value == 1 for dim in (batch, *sizes))
     return False
 
 

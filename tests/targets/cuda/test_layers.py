@@ -130,10 +130,13 @@ def test_one_pixel_of_few_products_is_float_and_the_lint_knows(channels: int, ki
     assert found == (["one-pixel"] if kind == "float32" else [])
 
 
-@pytest.mark.parametrize(("channels", "layers"), [(4, ["squeeze"]), (5, ["squeeze", "excite"])])
-def test_such_a_layer_is_not_quantized(channels: int, layers: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("channels", "batch", "layers"),
+    [(4, 1, ["squeeze"]), (5, 1, ["squeeze", "excite"]), (4, 2, ["squeeze", "excite"])],
+)
+def test_such_a_layer_is_not_quantized(channels: int, batch: int, layers: list[str]) -> None:
     b, none = QdqBuilder(), [0, 0, 0, 0]
-    pixel = b.op("GlobalAveragePool", b.input("x", 1, 16, 8, 8))
+    pixel = b.op("GlobalAveragePool", b.input("x", batch, 16, 8, 8))
     squeezed = b.op("Relu", b.conv(pixel, b.floats(channels, 16, 1, 1), channels, "squeeze", pads=none))
     gate = b.conv(squeezed, b.floats(16, channels, 1, 1), 16, "excite", pads=none)
     graph = b.graph(b.op("Sigmoid", gate))
