@@ -87,7 +87,9 @@ def measured(against: list[str], program: Path, folder: Path) -> BenchmarkReport
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in peers() if name != "ort" and not KINDS[name].quantizes])
+@pytest.mark.parametrize(
+    "name", [name for name in peers() if name != "ort" and not KINDS[name].quantizes and not KINDS[name].gpu]
+)
 def test_a_peer_computes_what_onnx_runtime_computes_on_one_thread(name: str, program: Path, tmp_path: Path) -> None:
     report = measured(["ort", name], program, tmp_path)
     result = report.subject(name)
