@@ -13,21 +13,17 @@ import shutil
 import signal
 import subprocess
 import threading
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cnncc_runtime.admission import Admission
 from cnncc_runtime.bundle import Bundle
 from cnncc_runtime.elf import parse_elf
 from cnncc_runtime.errors import BundleRefused, EngineMismatch, RunFailed, TargetUnavailable
+from cnncc_runtime.opened import OpenedEngine
 from cnncc_runtime.session import engine_mismatch
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 ABI = "aot-static 1"
 """What is said through the pipes."""
@@ -36,7 +32,7 @@ _GRACE = 5.0
 """Seconds that the process may take to end after its stdin has."""
 
 
-class AotSession:
+class AotSession(OpenedEngine):
     """A `cnncc_runtime.session.Session` over an executable.
 
     Args:
@@ -66,27 +62,11 @@ class AotSession:
                 f"built for: {manifest.engine.abi}, found: {ABI}",
                 hint="build the bundle again, or update cnncc-runtime",
             )
-        self._inputs, self._outputs, self._batches = manifest.inputs, manifest.outputs, manifest.batches
+        super().__init__(manifest)
         size = next(iter(manifest.batches), 0)
         self._made = [spec.bind(dict.fromkeys(spec.symbols, size)) for spec in manifest.outputs]
-        self._admission = Admission(manifest.inputs, manifest.batches)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = _started(engine, manifest.engine.file)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Inputs, in the model's order."""
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """Outputs, in the model's order."""
-        return self._outputs
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """The batch size that was built; empty when the model has no batch dimension."""
-        return self._batches
 
     @property
     def threads(self) -> int:
@@ -131,16 +111,6 @@ class AotSession:
             child.kill()
             child.wait()
         child.stdout.close()
-
-    def __enter__(self) -> Self:
-        """Return the session."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the session."""
-        self.close()
 
 
 def _started(engine: BinaryIO, name: str) -> subprocess.Popen[bytes]:

@@ -13,24 +13,20 @@ import os
 import threading
 import weakref
 from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-from cnncc_runtime.admission import Admission
 from cnncc_runtime.bundle import Bundle, Manifest
 from cnncc_runtime.cuda_device import CudaDevice
 from cnncc_runtime.errors import EnvironmentMissing, RunFailed
 from cnncc_runtime.gpu import HostGpu, host_gpus
+from cnncc_runtime.opened import OpenedEngine
 from cnncc_runtime.plan import Plan
 from cnncc_runtime.plan_library import Installed, opener
 from cnncc_runtime.session import engine_mismatch
-from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from cnncc_runtime.specs import Feeds, Tensors
 
 
-class PlanSession:
+class PlanSession(OpenedEngine):
     """A `cnncc_runtime.session.Session` on a GPU.
 
     Args:
@@ -49,8 +45,7 @@ class PlanSession:
     def __init__(self, bundle: Bundle, engine: BinaryIO, *, threads: int, cuda_graph: bool = False) -> None:
         del threads
         manifest = bundle.manifest
-        self._inputs, self._outputs, self._batches = manifest.inputs, manifest.outputs, manifest.batches
-        self._admission = Admission(manifest.inputs, manifest.batches)
+        super().__init__(manifest)
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._gpu, library = _preflight(manifest)
@@ -63,21 +58,6 @@ class PlanSession:
             # without a reference to the session, which is to be collected when nobody uses it
             self._close = weakref.finalize(self, _close, self._plan, self._device, self._process)
             held.pop_all()
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Inputs, in the model's order."""
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """Outputs, in the model's order."""
-        return self._outputs
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Batch sizes that were built."""
-        return self._batches
 
     @property
     def threads(self) -> int:
@@ -143,16 +123,6 @@ class PlanSession:
         """Free the engine; arrays that it returned stay valid. Closing twice is harmless."""
         with self._lock:
             self._close()
-
-    def __enter__(self) -> Self:
-        """Return the session."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the session."""
-        self.close()
 
     def _check_open(self) -> None:
         if not self._close.alive:

@@ -20,32 +20,28 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cnncc_runtime import tvm_runtime
-from cnncc_runtime.admission import Admission
 from cnncc_runtime.bundle import Bundle, EngineRecord
 from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.elf import Elf, parse_elf
 from cnncc_runtime.engine_threads import Launcher, Pool
 from cnncc_runtime.errors import BundleRefused, EngineMismatch, RunFailed
+from cnncc_runtime.opened import OpenedEngine
 from cnncc_runtime.session import engine_mismatch
-from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
+from cnncc_runtime.specs import Feeds, Tensors
 from cnncc_runtime.weights import ALIGNMENT, MappedWeights, aligned_empty
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _CPU, _POOLED = 1, 2  # DLDeviceType kDLCPU, tvm::runtime::memory::AllocatorType kPooled
 _COPIED = 64 << 10
 """Bytes up to which an input is copied anyhow: that takes less time than to find out whether it must be."""
 
 
-class TvmSession:
+class TvmSession(OpenedEngine):
     """A `cnncc_runtime.session.Session` over TVM's virtual machine.
 
     Args:
@@ -67,10 +63,9 @@ class TvmSession:
             raise mismatch
         check_abi(manifest.engine.abi)
         self._runtime = tvm_runtime.load()
-        self._inputs, self._outputs = manifest.inputs, manifest.outputs
-        self._batches, self._threads = manifest.batches, threads
+        super().__init__(manifest)
+        self._threads = threads
         self._names = [spec.name for spec in manifest.inputs]
-        self._admission = Admission(manifest.inputs, manifest.batches)
         self._lock = threading.Lock()
         self._closed = False
         self._record = manifest.engine
@@ -101,21 +96,6 @@ class TvmSession:
                     hint="build the bundle again",
                 )
         return entries
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Inputs, in the model's order."""
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """Outputs, in the model's order."""
-        return self._outputs
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Batch sizes that were built."""
-        return self._batches
 
     @property
     def threads(self) -> int:
@@ -196,16 +176,6 @@ class TvmSession:
         _sessions.discard(self)
         self._runtime.clear_pools()
         _trim()
-
-    def __enter__(self) -> Self:
-        """Return the session."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the session."""
-        self.close()
 
     def _after_fork(self) -> None:
         if self._lock.locked():  # by a thread that does not exist here: the virtual machine is mid-run for ever
