@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cnncc.cli.main import cache_option, common
-from cnncc.cli.options import open_cache
+from cnncc.cli.options import board_address, open_cache, remote_options
 from cnncc.cli.render import MARKS, Render
 
 if TYPE_CHECKING:
@@ -20,9 +20,21 @@ if TYPE_CHECKING:
 @click.option("--layers", is_flag=True, help="Compare every layer, and name the first that differs.")
 @click.option("--data", default="", help="Real inputs: image folder, .npz, package.module:factory.")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data at most.")
+@remote_options
 @cache_option
 @common
-def command(render: Render, *, bundle: Path, layers: bool, data: str, samples: int, cache_dir: Path | None) -> None:
+def command(
+    render: Render,
+    *,
+    bundle: Path,
+    layers: bool,
+    data: str,
+    samples: int,
+    remote: str | None,
+    key: str | None,
+    timeout: float | None,
+    cache_dir: Path | None,
+) -> None:
     """Check that BUNDLE's engine computes what its model computes.
 
     The truth is the model in float64; the tolerance is a multiple of the error that float32 itself makes. Exits with
@@ -37,6 +49,7 @@ def command(render: Render, *, bundle: Path, layers: bool, data: str, samples: i
         data=data,
         samples=samples,
         layers=layers,
+        board=board_address(remote, key, timeout),
         cache=open_cache(cache_dir, render).folder,
         reporter=render,
     )
@@ -45,7 +58,7 @@ def command(render: Render, *, bundle: Path, layers: bool, data: str, samples: i
         raise ParityFailed(
             "the engine does not compute what the model computes",
             where=report.failures,
-            hint="" if layers else f"`cnncc verify {bundle} --layers` finds the layer",
+            hint="" if layers or remote else f"`cnncc verify {bundle} --layers` finds the layer",
         )
 
 

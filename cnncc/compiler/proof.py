@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
@@ -12,6 +12,8 @@ from cnncc.calibration.data import load_data
 from cnncc.compiler.build_worker import build_apart
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.parity import ParityReport
+from cnncc.compiler.remote.address import BoardAddress
+from cnncc.compiler.remote.engine import RemoteEngine
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.verify import Executor, Run, verify_bundle
 from cnncc.graph.names import module_path
@@ -47,6 +49,7 @@ def prove_bundle(
     data: str = "",
     samples: int = 32,
     layers: bool = False,
+    board: BoardAddress | None = None,
     cache: Path,
     reporter: Reporter,
 ) -> ParityReport:
@@ -59,19 +62,24 @@ def prove_bundle(
         data: DATA for real inputs; seeded random ones where empty.
         samples: Real inputs at most.
         layers: Whether to compare layer by layer too; builds the engine again with every layer as an output.
+        board: Where the engine is run; None runs it here.
         cache: A folder for scratch work.
         reporter: Told of progress.
 
     Raises:
         BundleRefused: The bundle is damaged.
+        BoardUnavailable: The board cannot be reached.
         EngineMismatch: The engine was built for another machine.
-        RunFailed: The engine failed or crashed.
-        UsageError: Layers were asked for, and the bundle holds no model.
+        RunFailed: The engine failed or crashed, or the board went away.
+        UsageError: Layers were asked for, and the bundle holds no model or is run on a board.
     """
     bundle = read_bundle(path)
-    away = obstacle(bundle.manifest.target, bundle.manifest.engine)
+    if layers and board is not None:
+        raise UsageError("layers are compared on this machine only", hint="leave --remote or --layers out")
+    away = None if board else obstacle(bundle.manifest.target, bundle.manifest.engine)
     if away is not None:
-        raise type(away)(f"the engine cannot be executed here: {away.message}", hint=away.hint)
+        hint = f"{away.hint}; --remote runs it on a board" if not bundle.manifest.target.gpu else away.hint
+        raise type(away)(f"the engine cannot be executed here: {away.message}", hint=hint)
     if layers and not bundle.has(REFERENCE):
         raise UsageError(
             "comparing layers needs the model, and the bundle was made without it",
@@ -81,13 +89,18 @@ def prove_bundle(
     found = load_data(data, manifest.inputs, manifest.preprocessing, limit=samples).samples if data else ()
     reporter.stage("verify")
     with ExitStack() as stack:
+        # a board is asked first: it may be away, or unfit
+        remote = stack.enter_context(RemoteEngine(path, board)) if board else None
         report = verify_bundle(
             bundle,
             samples=[sample.feeds for sample in found],
             sample_names=[sample.name for sample in found],
             layers=_layer_engines(bundle, cache, stack, reporter) if layers else None,
-            open_session=EngineProcess,
+            open_session=EngineProcess if remote is None else lambda _: nullcontext(remote),
         )
+    if remote is not None:
+        note = f"the engine was run on a board: {remote.report}"
+        report = replace(report, notes=(*report.notes, note))
     if manifest.parity == "pending":
         _record(bundle, report, reporter)
     return report

@@ -95,14 +95,36 @@ class Board:
         with given.open("wb") as file:
             for array in [*feeds, *weights_of(engine, entry)]:
                 _write(file, array)
-        libraries = [str(self.folder / Path(name).name) for name in _LIBRARIES.values()]
-        command = ["qemu-aarch64", "-cpu", self.cpu, "-L", str(SYSROOT), str(self.folder / "runner"), *libraries,
+        command = ["qemu-aarch64", "-cpu", self.cpu, "-L", str(SYSROOT), str(self.folder / "runner"), *self.libraries,
                    str(engine.payload), entry, str(_THREADS), str(given), str(made)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         if done.returncode:
             raise Died(done.returncode, done.stderr.strip())
         with made.open("rb") as file:
             return list(_read(file))
+
+    @property
+    def libraries(self) -> list[str]:
+        """The files of TVM's libraries."""
+        return [str(self.folder / Path(name).name) for name in _LIBRARIES.values()]
+
+    def command(self, modalias: str) -> list[str]:
+        """Return what runs a program on the board; the board's kernel says ``modalias`` of its CPU."""
+        root = self.folder / "root"
+        cpus = root / "sys/devices/system/cpu"
+        cpus.mkdir(parents=True, exist_ok=True)
+        (cpus / "modalias").write_text(modalias + "\n")
+        (cpus / "online").write_text("0-1\n")
+        if not (root / "lib").exists():
+            (root / "lib").symlink_to(SYSROOT / "lib")
+        return ["qemu-aarch64", "-cpu", self.cpu, "-L", str(root)]
+
+    def server(self) -> Path:
+        """Return `server.c`, compiled."""
+        program = self.folder / "server"
+        if not program.exists():
+            _compile("server.c", program)
+        return program
 
     def run_graph(
         self, graph: OnnxGraph, feeds: Mapping[str, NDArray[Any]], profile: Profile, workdir: Path
@@ -119,19 +141,22 @@ def build(graph: OnnxGraph, profile: Profile, workdir: Path) -> Engine:
 
 def make_board(folder: Path, cpu: str) -> Board:
     """Return a board; an empty folder becomes its disk."""
-    import tvm_ffi.libinfo
-
     if not (folder / "runner").exists():
         for package, name in _LIBRARIES.items():
             wheel = _wheel(package)
             assert wheel is not None
             with zipfile.ZipFile(wheel) as archive:
                 (folder / Path(name).name).write_bytes(archive.read(name))
-        source = Path(__file__).with_name("runner.c")
-        options = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", tvm_ffi.libinfo.find_include_path()]
-        command = ["aarch64-linux-gnu-gcc", *options, str(source), "-o", str(folder / "runner")]
-        subprocess.run(command, check=True)
+        _compile("runner.c", folder / "runner")
     return Board(folder, cpu)
+
+
+def _compile(source: str, program: Path) -> None:
+    import tvm_ffi.libinfo
+
+    options = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", tvm_ffi.libinfo.find_include_path()]
+    path = Path(__file__).with_name(source)
+    subprocess.run(["aarch64-linux-gnu-gcc", *options, str(path), "-o", str(program)], check=True)
 
 
 @functools.cache
