@@ -111,6 +111,10 @@ def test_int8_and_every_batch_size_pass_on_a_board(many: Path, own_server: Runni
     report = call("verify", many, "--remote", own_server.address, "--json").document
     assert report["passed"]
     assert any("batch 3" in name for name in report["samples"])
+    options = ["--remote", own_server.address, "--batch", "3", "--rounds", "2", "--min-time", "0.1"]
+    measured = call("bench", many, *options, "--json").document
+    assert (measured["batch"], measured["precision"]) == (3, "int8")
+    assert measured["throughput"] == pytest.approx(3 / measured["engine"]["p50"])
 
 
 def test_bench_times_the_engine_alone_on_a_board(digits: Digits, lab: Running, tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_bench_times_the_engine_alone_on_a_board(digits: Digits, lab: Running, t
     assert report["board"]["threads"] == 1
 
 
-def test_bench_measures_the_batch_size_that_was_asked_for(digits: Digits, own_server: Running) -> None:
+def test_a_batch_size_that_was_not_built_is_refused(digits: Digits, own_server: Running) -> None:
     outcome = call("bench", digits.bundle, "--remote", own_server.address, "--batch", "7", code=2)
     assert "was not built for batch 7" in outcome.stderr
 
@@ -224,6 +228,14 @@ def test_a_server_whose_virtual_machine_reads_another_byte_code(
     bundle = altered(digits.bundle, tmp_path, lambda manifest: manifest, older)
     outcome = call("verify", bundle, "--remote", own_server.address, code=3)
     assert "a server of another TVM" in outcome.stderr
+
+
+def test_engines_for_gpus_do_not_run_over_rpc(digits: Digits, own_server: Running, tmp_path: Path) -> None:
+    def plan(manifest: Manifest) -> Manifest:
+        return replace(manifest, engine=replace(manifest.engine, format="tensorrt-rtx"))
+
+    bundle = altered(digits.bundle, tmp_path, plan)
+    assert "engines for CPUs" in call("verify", bundle, "--remote", own_server.address, code=3).stderr
 
 
 # ---- boards that go away

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class RemoteBenchmark:
         settled: Whether the warm-up's latency settled before its time was up.
         engine: Seconds per run of the engine alone.
         throughput: Samples per second.
+        first_run_s: Seconds of the first run, before which the weights travelled.
         size: Bytes of the engine file and its weights.
         noise: Whether to believe it.
         notes: `NOTES`.
@@ -58,6 +60,7 @@ class RemoteBenchmark:
     settled: bool
     engine: Latency
     throughput: float
+    first_run_s: float
     size: int
     noise: Noise
     notes: tuple[str, ...]
@@ -93,7 +96,9 @@ def bench_remote(
     samples = batch_of(feeds)
     progress("sending the engine", 0.0)
     with RemoteEngine(path, board, threads=threads) as engine:
+        started = time.perf_counter()
         engine.run(feeds)
+        first = time.perf_counter() - started
         progress("warming up", 0.1)
         warm = _warm_up(engine)
         typical = max(float(np.median(warm[-SETTLE_WINDOW:])), 1e-9)
@@ -117,6 +122,7 @@ def bench_remote(
         settled(warm),
         latency,
         samples / latency.p50,
+        first,
         bundle.manifest.engine_bytes,
         Noise(bool(reasons), reasons),
         NOTES,

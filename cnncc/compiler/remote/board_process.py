@@ -20,9 +20,10 @@ from cnncc.compiler.remote.board_cpu import board_cpu
 from cnncc.compiler.remote.connection import ERRORS, Connection, failure
 from cnncc.compiler.remote.tracker import Server
 from cnncc_runtime.admission import Admission
-from cnncc_runtime.bundle import Bundle, read_bundle
+from cnncc_runtime.bundle import Bundle, Manifest, read_bundle
+from cnncc_runtime.cpu import HostCpu
 from cnncc_runtime.elf import parse_elf
-from cnncc_runtime.errors import BundleRefused, CnnccError
+from cnncc_runtime.errors import BundleRefused, CnnccError, EngineMismatch
 from cnncc_runtime.session import engine_mismatch
 from cnncc_runtime.specs import Feeds, Tensors
 from cnncc_runtime.tvm_session import check_abi, check_elf
@@ -67,9 +68,7 @@ class _BoardEngine:
         started = time.perf_counter()
         self._board = Connection(server)
         cpu = board_cpu(self._board.read)
-        check_elf(parse_elf(engine, manifest.engine.file), cpu.machine, manifest.engine.file)
-        if mismatch := engine_mismatch(manifest.target, cpu):
-            raise mismatch
+        _check_fit(manifest, engine, cpu)
         used = self._board.threads(threads)
         connected = time.perf_counter()
         self._machine = self._board.load(engine)
@@ -107,6 +106,22 @@ class _BoardEngine:
         if position not in self._sent:
             self._sent[position] = self._board.upload(self._weights[position])
         return self._sent[position]
+
+
+def _check_fit(manifest: Manifest, engine: bytes, cpu: HostCpu) -> None:
+    """Refuse an engine that the board cannot execute.
+
+    Raises:
+        EngineMismatch: Names what it was built for, and what was found.
+        BundleRefused: Not a shared library.
+    """
+    try:
+        check_elf(parse_elf(engine, manifest.engine.file), cpu.machine, manifest.engine.file)
+        if mismatch := engine_mismatch(manifest.target, cpu):
+            raise mismatch
+    except EngineMismatch as exc:
+        hint = "compile for the board: --device, or --mtriple and --mcpu"
+        raise EngineMismatch(f"the board cannot execute the engine: {exc.message}", hint=hint) from exc
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ _BIG_CORES = 1  # tvm::runtime::threading::ThreadGroup::AffinityMode kBig: the f
 _REFUSALS = (
     ("cannot find server that matches key", "the server wants a key", "give the tracker's address and --key"),
     ("is not TVM RPC server", "what listens there is no TVM RPC server", "give --key if it is a tracker"),
-    ("failed", "nobody listens there", "is the tunnel open, and the server started?"),
+    ("sock.Connect(addr)", "nobody listens there", "is the tunnel open, and the server started?"),
 )
 """Part of TVM's text → what it means, what to do."""
 
