@@ -152,7 +152,8 @@ def _unreached(server: Server, exc: Exception) -> CnnccError:
         if part in text:
             return BoardUnavailable(f"{meaning} ({server.host}, port {server.port})", hint=hint)
     return BoardUnavailable(
-        f"the board's server does not talk: {first_line(exc)}", hint="give --key if it is a tracker, or start it again"
+        f"what listens there does not talk as a TVM RPC server: {first_line(exc)}",
+        hint="give --key if it is a tracker, or start it again",
     )
 
 

@@ -49,7 +49,7 @@ def find_server(board: BoardAddress) -> Server:
     where = format_address(board.host, board.port)
     try:
         with socket.create_connection((board.host, board.port), timeout=board.timeout) as tracker:
-            _greet(tracker, where)
+            _greet(tracker)
             keys = _keys(_ask(tracker, [_SUMMARY]))
             if board.key not in keys:
                 known = f"it has {', '.join(keys)}" if keys else "it has none"
@@ -79,9 +79,13 @@ def find_server(board: BoardAddress) -> Server:
     return Server(host, port, match)
 
 
-def _greet(tracker: socket.socket, where: str) -> None:
+def _greet(tracker: socket.socket) -> None:
     tracker.sendall(_MAGIC.pack(_TRACKER))
-    if _MAGIC.unpack(_read(tracker, _MAGIC.size)) != (_TRACKER,):
+    try:
+        answer = _MAGIC.unpack(_read(tracker, _MAGIC.size))
+    except TimeoutError as exc:
+        raise ConnectionError("it does not answer") from exc
+    if answer != (_TRACKER,):
         raise ValueError("it answers otherwise")
 
 

@@ -78,6 +78,16 @@ def test_what_answers_otherwise_is_no_tracker(answers: list[bytes]) -> None:
         find_server(board)
 
 
+def test_what_says_nothing_is_not_taken_for_a_busy_tracker() -> None:
+    with answering() as board, pytest.raises(BoardUnavailable, match="does not answer"):
+        find_server(board)
+
+
+def test_a_board_that_does_not_become_free_is_waited_for_as_long_as_allowed() -> None:
+    with answering(MAGIC, framed(SUMMARY)) as board, pytest.raises(BoardUnavailable, match="became free in 1 s"):
+        find_server(board)
+
+
 def test_without_a_key_nobody_is_asked() -> None:
     assert find_server(BoardAddress("::1", 9090)) == Server("::1", 9090)
 
