@@ -254,9 +254,28 @@ def test_a_board_that_dies_in_a_run(digits: Digits, frail: Running) -> None:
         engine.run({"image": np.zeros((1, 3, 28, 28), np.float32)})
         threading.Timer(1.0, frail.signal, [signal.SIGKILL]).start()
         started = time.monotonic()
-        with pytest.raises(RunFailed, match="on the board"):
+        with pytest.raises(RunFailed, match="the board went away"):
             engine.time(10_000_000)
         assert time.monotonic() - started < 20, "long before the time is up"
+
+
+def test_a_board_that_died_between_runs(digits: Digits, frail: Running) -> None:
+    with RemoteEngine(digits.bundle, BoardAddress("127.0.0.1", frail.port, timeout=60.0)) as engine:
+        frail.signal(signal.SIGKILL)
+        with pytest.raises(RunFailed, match="the board went away"):
+            engine.run({"image": np.zeros((1, 3, 28, 28), np.float32)})
+
+
+def test_an_engine_that_fails_on_the_board_is_told_in_its_servers_words(
+    digits: Digits, own_server: Running, tmp_path: Path
+) -> None:
+    def misnamed(manifest: Manifest) -> Manifest:
+        entries = dict.fromkeys(manifest.engine.entries, "nothing")
+        return replace(manifest, engine=replace(manifest.engine, entries=entries))
+
+    outcome = call("verify", altered(digits.bundle, tmp_path, misnamed), "--remote", own_server.address, code=5)
+    assert "cannot be run on the board" in outcome.stderr
+    assert "nothing" in outcome.stderr
 
 
 def test_a_board_that_hangs_in_a_run_and_one_that_does_not_let_us_in(digits: Digits, frail: Running) -> None:

@@ -33,6 +33,12 @@ _REFUSALS = (
 _OTHER_TVM = ("protocol", "version ==")
 """Parts of TVM's texts where a server is of another release: its protocol, or its virtual machine's byte code."""
 
+_FROM_THERE = "RPCError: Error caught"
+"""What stands above an error that the server caught and sent."""
+
+_GONE = ("RPCCode::", "Socket ")
+"""Parts of TVM's texts where a connection ended: another answer than the one that must come, or none at all."""
+
 
 class Connection:
     """An open session; what TVM raises while it is used, `failure` translates.
@@ -139,9 +145,9 @@ def failure(exc: Exception) -> CnnccError:
     """Return our error for one of TVM's `ERRORS`."""
     if any(part in str(exc) for part in _OTHER_TVM):
         return _other_tvm(exc)
-    return RunFailed(
-        f"the engine cannot be run on the board: {_said(exc)}", hint="the server's own output may say more"
-    )
+    if _FROM_THERE not in str(exc) and any(part in str(exc) for part in _GONE):
+        return RunFailed("the board went away", hint="is the tunnel open, and is the server still there?")
+    return RunFailed(f"the engine cannot be run on the board: {_said(exc)}", hint="see what its server says")
 
 
 def _unreached(server: Server, exc: Exception) -> CnnccError:
@@ -167,4 +173,4 @@ def _other_tvm(exc: Exception) -> EngineMismatch:
 def _said(exc: Exception) -> str:
     """Return the line that says something; above what came from a server stands that it did."""
     lines = [line.strip() for line in str(exc).splitlines()]
-    return next((line for line in lines if line and not line.startswith("RPCError: Error caught")), first_line(exc))
+    return next((line for line in lines if line and not line.startswith(_FROM_THERE)), first_line(exc))
