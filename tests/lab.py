@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnncc.compiler.remote.address import BoardAddress
+from cnncc.compiler.remote.tracker import listed_keys
 from tests.qemu.board import Board
 
 THREADS = 2
@@ -75,7 +77,16 @@ def server(log: Path, *, register: Running | None = None, key: str = "") -> Iter
     """TVM's server with as many threads as `THREADS`; registered with a tracker where one is given."""
     arguments = ["--key", key, "--tracker", register.address] if register else []
     with _python("rpc_server", log, arguments) as running:
+        if register is not None:
+            _wait_until_listed(register, key)
         yield running
+
+
+def _wait_until_listed(tracker: Running, key: str) -> None:
+    until = time.monotonic() + _PATIENCE
+    while key not in listed_keys(BoardAddress("127.0.0.1", tracker.port, key)):
+        assert time.monotonic() < until, tracker.said
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -79,6 +79,18 @@ def find_server(board: BoardAddress) -> Server:
     return Server(host, port, match)
 
 
+def listed_keys(tracker: BoardAddress) -> list[str]:
+    """Return the keys of the boards that a tracker has.
+
+    Raises:
+        OSError: It cannot be reached.
+        ValueError: It is no tracker.
+    """
+    with socket.create_connection((tracker.host, tracker.port), timeout=tracker.timeout) as connection:
+        _greet(connection)
+        return _keys(_ask(connection, [_SUMMARY]))
+
+
 def _greet(tracker: socket.socket) -> None:
     tracker.sendall(_MAGIC.pack(_TRACKER))
     try:
