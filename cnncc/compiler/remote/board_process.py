@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cnncc.compiler.child import die_with
 from cnncc.compiler.pipe import ARRAYS, ERROR, RECORD, pack, pack_error, receive, send, unpack
@@ -128,23 +128,28 @@ def main() -> None:
     """Serve one bundle: ``board_process PARENT BUNDLE HOST PORT MATCH THREADS`` (0: all)."""
     parent, bundle, host, port, match, threads = sys.argv[1:]
     die_with(int(parent))
-    requests = sys.stdin.buffer
     with os.fdopen(os.dup(1), "wb") as replies:
         os.dup2(2, 1)
         try:
-            engine = _BoardEngine(read_bundle(Path(bundle)), Server(host, int(port), match), int(threads) or None)
-            send(replies, RECORD, json.dumps(asdict(engine.report)).encode())
-            while (message := receive(requests))[0]:
-                kind, body = message
-                if kind == ARRAYS:
-                    send(replies, ARRAYS, pack(engine.run(unpack(body))))
-                else:
-                    send(replies, RECORD, json.dumps(engine.time(json.loads(body))).encode())
+            _serve(Path(bundle), Server(host, int(port), match), int(threads) or None, replies)
         except CnnccError as exc:
             send(replies, ERROR, pack_error(exc))
         except ERRORS as exc:
             send(replies, ERROR, pack_error(failure(exc)))
-    os._exit(0)  # closing the session would wait for a board that may be gone
+    # the session ended when nothing referred to it any more: a connection that the system resets instead ends the loop
+    # in which TVM's server waits for others. Whoever started this process kills it where the board does not answer
+    os._exit(0)
+
+
+def _serve(bundle: Path, server: Server, threads: int | None, replies: BinaryIO) -> None:
+    engine = _BoardEngine(read_bundle(bundle), server, threads)
+    send(replies, RECORD, json.dumps(asdict(engine.report)).encode())
+    while (message := receive(sys.stdin.buffer))[0]:
+        kind, body = message
+        if kind == ARRAYS:
+            send(replies, ARRAYS, pack(engine.run(unpack(body))))
+        else:
+            send(replies, RECORD, json.dumps(engine.time(json.loads(body))).encode())
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from cnncc_runtime.specs import Feeds, Tensors
 
 _FORMAT = "tvm-vm"
 
+_FAREWELL_S = 5.0
+"""Seconds for the end of a session."""
+
 
 class RemoteEngine:
     """Sends a bundle's engine to a board and runs it there. Nothing stays on the board when the session is over.
@@ -125,9 +128,15 @@ class RemoteEngine:
             os.killpg(self._child.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the session."""
-        self._kill()
-        self._child.wait()
+        """End the session; the process has time to say so, since TVM's server does not outlive one that is torn."""
+        if self._child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.close()
+        try:
+            self._child.wait(_FAREWELL_S)
+        except subprocess.TimeoutExpired:  # the board hangs
+            self._kill()
+            self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):  # what was left in the buffer for the dead process
