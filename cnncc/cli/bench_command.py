@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from cnncc.cli.main import cache_option, common
-from cnncc.cli.options import open_cache, usable_threads
+from cnncc.cli.options import board_address, open_cache, remote_options, usable_threads
 from cnncc.cli.render import MARKS, Render, size_text, time_text
 
 if TYPE_CHECKING:
     from cnncc.compiler.bench.gpu import Gpu, GpuState
+    from cnncc.compiler.bench.remote import RemoteBenchmark
     from cnncc.compiler.bench.report import BenchmarkReport, Interval, Ratio, SubjectResult
+    from cnncc.compiler.remote.address import BoardAddress
 
 
 @click.command(name="bench")
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     help="Exit with 1 when our latency exceeds RATIO times the peer's; repeatable.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report to this JSON file too.")
+@remote_options
 @cache_option
 @common
 def command(
@@ -51,16 +54,30 @@ def command(
     cuda_graph: bool,
     budgets: tuple[str, ...],
     output: Path | None,
+    remote: str | None,
+    key: str | None,
+    timeout: float | None,
     cache_dir: Path | None,
 ) -> None:
-    """Measure BUNDLE and its peers in interleaved rounds, each engine in a process of its own."""
+    """Measure BUNDLE and its peers in interleaved rounds, each engine in a process of its own.
+
+    With --remote, the engine alone is measured, on a board.
+    """
     from cnncc.compiler.bench.bundle import bench_bundle
     from cnncc.compiler.bench.report import check_budget, parse_budgets
     from cnncc_runtime.bundle import to_plain
-    from cnncc_runtime.digests import canonical_json
-    from cnncc_runtime.files import atomic_file
+    from cnncc_runtime.errors import UsageError
 
     limits = parse_budgets(budgets)
+    board = board_address(remote, key, timeout)
+    if board is not None:
+        if against is not None or limits or cuda_graph:
+            raise UsageError(
+                "--against, --max-latency-ratio and --cuda-graph are of this machine: peers are not on the board",
+                hint="leave them out, or --remote",
+            )
+        _bench_remote(render, bundle, board, threads, rounds, min_time, batch or 0, output)
+        return
     names = None if against is None else [name for name in against.split(",") if name]
     report = bench_bundle(
         bundle,
@@ -74,11 +91,60 @@ def command(
         also=tuple(limits),
         cuda_graph=cuda_graph,
     )
+    _write(output, report)
+    render.result(to_plain(report), lambda: _text(render, report))
+    check_budget(report, limits)
+
+
+def _bench_remote(
+    render: Render,
+    bundle: Path,
+    board: BoardAddress,
+    threads: int | None,
+    rounds: int,
+    min_time: float,
+    batch: int,
+    output: Path | None,
+) -> None:
+    from cnncc.compiler.bench.remote import bench_remote
+    from cnncc_runtime.bundle import to_plain
+
+    render.stage("bench")
+    report = bench_remote(
+        bundle, board, threads=threads, rounds=rounds, min_time=min_time, batch=batch, progress=render.progress
+    )
+    _write(output, report)
+    render.result(to_plain(report), lambda: _remote_text(render, report))
+
+
+def _write(output: Path | None, report: BenchmarkReport | RemoteBenchmark) -> None:
+    from cnncc_runtime.bundle import to_plain
+    from cnncc_runtime.digests import canonical_json
+    from cnncc_runtime.files import atomic_file
+
     if output is not None:
         with atomic_file(output) as partial:
             partial.write_bytes(canonical_json(to_plain(report)))
-    render.result(to_plain(report), lambda: _text(render, report))
-    check_budget(report, limits)
+
+
+def _remote_text(render: Render, report: RemoteBenchmark) -> None:
+    engine, board = report.engine, report.board
+    figures = [_time_text(seconds) for seconds in (engine.p50, engine.p90, engine.p99, engine.minimum)]
+    row = [
+        "cnncc",
+        report.precision,
+        *figures,
+        _rate_text(report.throughput),
+        f"{board.upload_s + report.first_run_s:.2f} s",
+    ]
+    heads = ["engine alone", "computes", "p50", "p90", "p99", "fastest", "per second", "sent in", "file"]
+    render.table(heads, [[*row, size_text(report.size)]], right=list(range(2, len(heads))))
+    render.line()
+    render.line(f"{board}, batch {report.batch}, {report.rounds} rounds, {report.runs} runs")
+    for note in report.notes:
+        render.line(f"{MARKS['note']} {note}")
+    for reason in report.noise.reasons:
+        render.line(f"{MARKS['note']} noisy board: {reason}")
 
 
 def _text(render: Render, report: BenchmarkReport) -> None:
@@ -159,7 +225,7 @@ def _row(subject: SubjectResult, *, alone: bool) -> list[str]:
         subject.precision,
         *map(_time_text, (wall.p50, wall.p90, wall.p99)),
         *(map(_time_text, (device.p50 if device else None, subject.overhead)) if alone else ()),
-        f"{subject.throughput:,.0f}" if subject.throughput >= 100 else f"{subject.throughput:.1f}",
+        _rate_text(subject.throughput),
         f"{subject.open_s:.2f} s",
         size_text(subject.peak_resident),
         size_text(subject.size),
@@ -168,3 +234,7 @@ def _row(subject: SubjectResult, *, alone: bool) -> list[str]:
 
 def _time_text(seconds: float | None) -> str:
     return "–" if seconds is None else time_text(seconds * 1e3)
+
+
+def _rate_text(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"

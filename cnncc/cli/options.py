@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cnncc.compiler.cache import Cache
     from cnncc.compiler.calibration import Calibration
     from cnncc.compiler.model_reference import ModelRequest
+    from cnncc.compiler.remote.address import BoardAddress
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -178,3 +179,38 @@ def parse_batches(text: str) -> tuple[int, ...]:
     if min(sizes) < 1 or len(set(sizes)) != len(sizes):
         raise UsageError(f"--batch {text} is not a list of different batch sizes", hint="--batch 1,8")
     return sizes
+
+
+def remote_options(function: F) -> F:
+    """Add ``--remote``, ``--key`` and ``--timeout``."""
+    for decorate in (
+        click.option(
+            "--timeout", type=click.FloatRange(0.1), metavar="SECONDS", help="Of any step of the board.  [default: 60]"
+        ),
+        click.option("--key", help="The board's key, where --remote is a tracker and not a server."),
+        click.option(
+            "--remote",
+            metavar="HOST:PORT",
+            help="Run the engine on a board, through TVM's RPC: a server, or with --key a tracker. RPC has neither "
+            "encryption nor a password, so HOST must be this machine's loopback; tunnel by SSH.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def board_address(remote: str | None, key: str | None, timeout: float | None) -> BoardAddress | None:
+    """Return where the board is; None where none was asked for.
+
+    Raises:
+        UsageError: Not an address on loopback, or flags that mean nothing without ``--remote``.
+    """
+    from cnncc.compiler.remote.address import DEFAULT_TIMEOUT, parse_address
+
+    if remote is None:
+        if key is not None or timeout is not None:
+            raise UsageError("--key and --timeout are of boards", hint="give --remote HOST:PORT too")
+        return None
+    if key == "":
+        raise UsageError("--key is empty", hint="leave it out to speak to a server")
+    return parse_address(remote, key or "", DEFAULT_TIMEOUT if timeout is None else timeout)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cnncc.cli.main import cache_option, common
-from cnncc.cli.options import open_cache
+from cnncc.cli.options import board_address, open_cache, remote_options
 from cnncc.cli.render import MARKS, Render
 
 if TYPE_CHECKING:
@@ -21,10 +21,21 @@ if TYPE_CHECKING:
 @click.option("--data", default="", help="Real inputs: image folder, .npz, package.module:factory.")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data at most.")
 @click.option("--emulate", is_flag=True, help="Run an engine for another CPU under QEMU.")
+@remote_options
 @cache_option
 @common
 def command(
-    render: Render, *, bundle: Path, layers: bool, data: str, samples: int, emulate: bool, cache_dir: Path | None
+    render: Render,
+    *,
+    bundle: Path,
+    layers: bool,
+    data: str,
+    samples: int,
+    emulate: bool,
+    remote: str | None,
+    key: str | None,
+    timeout: float | None,
+    cache_dir: Path | None,
 ) -> None:
     """Check that BUNDLE's engine computes what its model computes.
 
@@ -41,6 +52,7 @@ def command(
         samples=samples,
         layers=layers,
         emulate=emulate,
+        board=board_address(remote, key, timeout),
         cache=open_cache(cache_dir, render).folder,
         reporter=render,
     )
@@ -49,7 +61,7 @@ def command(
         raise ParityFailed(
             "the engine does not compute what the model computes",
             where=report.failures,
-            hint="" if layers else f"`cnncc verify {bundle} --layers` finds the layer",
+            hint="" if layers or remote else f"`cnncc verify {bundle} --layers` finds the layer",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,12 @@ _EXTRAS = {"zoo": ("torchvision", "timm"), "cross": ("ziglang",), "cuda": ("tens
 _OPTIONAL = {name: extra for extra, names in _EXTRAS.items() for name in names}
 _ROOM = 2 << 30
 """Bytes that compiling a ResNet-50 with an empty cache takes, rounded up."""
+
+_RPC_PORTS = range(9090, 9200)
+"""Where TVM's servers (from 9090 on) and trackers (from 9190 on) listen unless they are told otherwise."""
+_LISTENING = "0A"  # include/net/tcp_states.h: TCP_LISTEN
+_LOOPBACK = re.compile(r"(0{16}FFFF0000)?[0-9A-F]{6}7F|0{24}01000000")
+"""127.0.0.0/8, in IPv6 too, and ::1, as tables of the kernel have them: in little-endian words."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ def examine(cache: Path) -> tuple[Finding, ...]:
     Args:
         cache: The cache folder that would be used.
     """
-    return (_cpu(), _gpu(), *_packages(), *_targets(), _cache(cache))
+    return (_cpu(), _gpu(), *_packages(), *_targets(), _cache(cache), *_rpc())
 
 
 def _cpu() -> Finding:
@@ -91,6 +98,47 @@ def _targets() -> list[Finding]:
         state = "ready" if availability.ready else "optional" if name == "cuda" else "missing"
         found.append(Finding(f"target {name}", state, availability.detail, availability.fix, name == "llvm"))
     return found
+
+
+def _rpc() -> list[Finding]:
+    """Look for TVM RPC servers and trackers of this user that others can reach; by their ports, so it is a guess."""
+    ports = sorted(
+        {port for name in ("tcp", "tcp6") for port in open_ports(_read(Path("/proc/net", name)), os.getuid())}
+    )
+    return [
+        Finding(
+            "rpc",
+            "optional",
+            f"port {port} is open to other machines; by its number it may be TVM's RPC, which runs what anybody sends",
+            "start it with --host 127.0.0.1, and tunnel by SSH",
+        )
+        for port in ports
+    ]
+
+
+def open_ports(table: str, user: int) -> list[int]:
+    """Return the ports of TVM's RPC that a user's processes listen on for other machines.
+
+    Args:
+        table: Content of ``/proc/net/tcp`` or ``/proc/net/tcp6``.
+        user: Id of the user.
+    """
+    found = []
+    for line in table.splitlines()[1:]:
+        fields = line.split()
+        if len(fields) < 8 or fields[3] != _LISTENING or fields[7] != str(user):
+            continue
+        address, _, port = fields[1].partition(":")
+        if int(port, 16) in _RPC_PORTS and not _LOOPBACK.fullmatch(address):
+            found.append(int(port, 16))
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _cache(folder: Path) -> Finding:

@@ -1,33 +1,23 @@
 """An engine in a process of its own that imports only `cnncc_runtime`, as on a device.
 
 An engine that crashes (a wild store, an illegal instruction) must end in a typed error, and the thread pools of
-torch and ONNX Runtime must not mix with the engine's. Feeds and outputs cross pipes as ``.npz`` with a length
-before them.
+torch and ONNX Runtime must not mix with the engine's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import IO
-
-import numpy as np
 
 from cnncc.compiler.child import die_with, how_it_ended
-from cnncc_runtime import errors
+from cnncc.compiler.pipe import ARRAYS, ERROR, pack, pack_error, receive, send, unpack, unpack_error
 from cnncc_runtime.errors import CnnccError, RunFailed
 from cnncc_runtime.specs import Feeds, Tensors
-
-_LENGTH = struct.Struct("<cQ")
-_ARRAYS, _ERROR = b"A", b"E"
-_CHUNK = 1 << 16
 
 
 class EngineProcess:
@@ -66,18 +56,18 @@ class EngineProcess:
         """
         assert self._child.stdin is not None
         try:
-            _send(self._child.stdin, _ARRAYS, _pack(feeds))
+            send(self._child.stdin, ARRAYS, pack(feeds))
         except BrokenPipeError:
             raise self._crash() from None
         return self._receive()
 
     def _receive(self) -> Tensors:
         assert self._child.stdout is not None
-        kind, body = _receive(self._child.stdout)
-        if kind == _ARRAYS:
-            return _unpack(body)
-        if kind == _ERROR:
-            raise _error_from(body)
+        kind, body = receive(self._child.stdout)
+        if kind == ARRAYS:
+            return unpack(body)
+        if kind == ERROR:
+            raise unpack_error(body)
         raise self._crash()
 
     def _crash(self) -> RunFailed:
@@ -106,40 +96,6 @@ class EngineProcess:
         self.close()
 
 
-def _pack(arrays: Feeds) -> bytes:
-    """Return names and arrays; the names travel as data, since `numpy.savez` has keywords of its own."""
-    buffer = io.BytesIO()
-    np.savez(buffer, np.array(list(arrays), dtype=np.str_), *arrays.values())
-    return buffer.getvalue()
-
-
-def _unpack(body: bytes) -> Tensors:
-    with np.load(io.BytesIO(body), allow_pickle=False) as archive:
-        names = archive["arr_0"].tolist()
-        return {name: archive[f"arr_{number}"] for number, name in enumerate(names, 1)}
-
-
-def _send(pipe: IO[bytes], kind: bytes, body: bytes) -> None:
-    pipe.write(_LENGTH.pack(kind, len(body)))
-    pipe.write(body)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> tuple[bytes, bytes]:
-    """Return a message, or an empty kind where the pipe ended."""
-    head = pipe.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return b"", b""
-    kind, length = _LENGTH.unpack(head)
-    body = pipe.read(length)
-    return (kind, body) if len(body) == length else (b"", b"")
-
-
-def _error_from(body: bytes) -> CnnccError:
-    kind, message, hint, *where = body.decode().split("\0")
-    return getattr(errors, kind, RunFailed)(message, where=where, hint=hint)
-
-
 def main() -> None:
     """Serve one bundle: ``engine_process PARENT BUNDLE THREADS`` (0: the default)."""
     die_with(int(sys.argv[1]))
@@ -152,11 +108,11 @@ def main() -> None:
             with cnncc_runtime.open(
                 Path(sys.argv[2]), threads=int(sys.argv[3]) or None, allow_unverified=True
             ) as session:
-                _send(replies, _ARRAYS, _pack({}))
-                while (message := _receive(requests))[0]:
-                    _send(replies, _ARRAYS, _pack(session.run(_unpack(message[1]))))
+                send(replies, ARRAYS, pack({}))
+                while (message := receive(requests))[0]:
+                    send(replies, ARRAYS, pack(session.run(unpack(message[1]))))
         except CnnccError as exc:
-            _send(replies, _ERROR, "\0".join([type(exc).__name__, exc.message, exc.hint, *exc.where]).encode())
+            send(replies, ERROR, pack_error(exc))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from glob import escape
@@ -14,6 +14,8 @@ from cnncc.compiler.build_worker import build_apart
 from cnncc.compiler.emulation import EmulatedProcess, emulator_for, make_runner, qemu_command
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.parity import ParityReport
+from cnncc.compiler.remote.address import BoardAddress
+from cnncc.compiler.remote.engine import RemoteEngine
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.verify import Executor, Run, verify_bundle
 from cnncc.graph.names import module_path
@@ -56,6 +58,7 @@ def prove_bundle(
     samples: int = 32,
     layers: bool = False,
     emulate: bool = False,
+    board: BoardAddress | None = None,
     cache: Path,
     reporter: Reporter,
 ) -> ParityReport:
@@ -69,22 +72,29 @@ def prove_bundle(
         samples: Real inputs at most.
         layers: Whether to compare layer by layer too; builds the engine again with every layer as an output.
         emulate: Whether to run the engine under emulation of its CPU, which this machine is not.
+        board: Where the engine is run; None runs it here.
         cache: A folder for scratch work.
         reporter: Told of progress.
 
     Raises:
         BundleRefused: The bundle is damaged.
+        BoardUnavailable: The board cannot be reached.
         EngineMismatch: The engine was built for another machine, or for one that cannot be emulated.
         DependencyMissing: What emulates its CPU is not installed.
-        RunFailed: The engine failed or crashed.
-        UsageError: Layers were asked for, and the bundle holds no model.
+        RunFailed: The engine failed or crashed, or the board went away.
+        UsageError: Layers were asked for, and the bundle holds no model or is run on a board; or the engine is to be
+            emulated, and this machine runs it itself.
     """
     bundle = read_bundle(path)
-    away = obstacle(bundle.manifest.target, bundle.manifest.engine)
+    if board is not None and (layers or emulate):
+        flag = "--layers" if layers else "--emulate"
+        raise UsageError(f"{flag} is for this machine only", hint=f"leave --remote or {flag} out")
+    away = None if board else obstacle(bundle.manifest.target, bundle.manifest.engine)
     if emulate and away is None:
         raise UsageError("this machine runs the engine itself", hint="leave out --emulate")
     if away is not None and not emulate:
-        raise type(away)(f"the engine cannot be executed here: {away.message}", hint=away.hint)
+        hint = f"{away.hint}; --remote runs it on a board" if not bundle.manifest.target.gpu else away.hint
+        raise type(away)(f"the engine cannot be executed here: {away.message}", hint=hint)
     if layers and not bundle.has(REFERENCE):
         raise UsageError(
             "comparing layers needs the model, and the bundle was made without it",
@@ -94,14 +104,18 @@ def prove_bundle(
     found = load_data(data, manifest.inputs, manifest.preprocessing, limit=samples).samples if data else ()
     reporter.stage("verify")
     with ExitStack() as stack:
+        # a board is asked first: it may be away, or unfit
+        remote = stack.enter_context(RemoteEngine(path, board)) if board else None
         opener = _emulated(bundle.manifest.target, cache, stack, reporter) if emulate else EngineProcess
         report = verify_bundle(
             bundle,
             samples=[sample.feeds for sample in found],
             sample_names=[sample.name for sample in found],
             layers=_layer_engines(bundle, opener, cache, stack, reporter) if layers else None,
-            open_session=opener,
+            open_session=opener if remote is None else lambda _: nullcontext(remote),
         )
+    if remote is not None:
+        report = replace(report, notes=(*report.notes, f"the engine was run on a board: {remote.report}"))
     if emulate:
         report = replace(report, notes=(*report.notes, _emulation_note(bundle.manifest.target)))
     if manifest.parity == "pending":

@@ -9,6 +9,7 @@
     │   ├── DependencyMissing            a Python package or a tool is not installed
     │   ├── TargetUnavailable            the target cannot be built or run here
     │   ├── EngineMismatch               the engine was built for another machine
+    │   ├── BoardUnavailable             a board in the lab cannot be reached
     │   └── StorageFailed                the disk is full, or a folder cannot be written
     ├── InputRefused            exit 4   a model, its weights or data were refused
     │   ├── ModelRefused
@@ -93,6 +94,10 @@ class TargetUnavailable(EnvironmentMissing):
 
 class EngineMismatch(EnvironmentMissing):
     """The engine was built for another machine; the message says for which, and what was found."""
+
+
+class BoardUnavailable(EnvironmentMissing):
+    """A board that was asked for cannot be reached, or is in use."""
 
 
 class StorageFailed(EnvironmentMissing):

@@ -71,9 +71,13 @@ class Board:
 
     Attributes:
         runner: ``cnncc-run`` on it.
+        folder: Holds the runner and TVM's libraries.
+        cpu: As QEMU names it.
     """
 
     runner: Runner
+    folder: Path
+    cpu: str
 
     def run(self, engine: Engine, described: Described, feeds: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """Run an engine on two threads.
@@ -104,6 +108,29 @@ class Board:
         write_bundle(folder, made, engine.files)
         return folder
 
+    @property
+    def libraries(self) -> list[str]:
+        """The files of TVM's libraries."""
+        return [str(self.folder / name) for name in ("libtvm_ffi.so", "libtvm_runtime.so")]
+
+    def command(self, modalias: str) -> list[str]:
+        """Return what runs a program on the board; the board's kernel says ``modalias`` of its CPU."""
+        root = self.folder / "root"
+        cpus = root / "sys/devices/system/cpu"
+        cpus.mkdir(parents=True, exist_ok=True)
+        (cpus / "modalias").write_text(modalias + "\n")
+        (cpus / "online").write_text("0-1\n")
+        if not (root / "lib").exists():
+            (root / "lib").symlink_to(EMULATOR.sysroot / "lib")
+        return ["qemu-aarch64", "-cpu", self.cpu, "-L", str(root)]
+
+    def server(self) -> Path:
+        """Return `server.c`, compiled."""
+        program = self.folder / "server"
+        if not program.exists():
+            _compile("server.c", program)
+        return program
+
     def run_graph(
         self, graph: OnnxGraph, feeds: Mapping[str, NDArray[Any]], profile: Profile, workdir: Path
     ) -> list[NDArray[Any]]:
@@ -123,7 +150,15 @@ def make_board(folder: Path, cpu: str) -> Board:
     if not program.exists():
         make_runner(EMULATOR, WHEELS, folder)
     command = (EMULATOR.qemu, "-cpu", cpu, "-L", str(EMULATOR.sysroot))
-    return Board(Runner(program, command, {"CNNCC_TVM_RUNTIME": ""}))
+    return Board(Runner(program, command, {"CNNCC_TVM_RUNTIME": ""}), folder, cpu)
+
+
+def _compile(source: str, program: Path) -> None:
+    import tvm_ffi.libinfo
+
+    options = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", tvm_ffi.libinfo.find_include_path()]
+    path = Path(__file__).with_name(source)
+    subprocess.run(["aarch64-linux-gnu-gcc", *options, str(path), "-o", str(program)], check=True)
 
 
 @functools.cache

@@ -124,8 +124,8 @@ def open_field(
     referee = Referee(lenient=lenient)
     if cuda_graph and not on_gpu:
         raise UsageError("--cuda-graph is for engines for GPUs", hint="leave it out")
-    subjects = [Subject(OURS, OURS, path, _executed(bundle))]
-    feeds = random_feeds(manifest.inputs, seed=0, batch=_batch(bundle, batch))
+    subjects = [Subject(OURS, OURS, path, executed_precision(bundle))]
+    feeds = random_feeds(manifest.inputs, seed=0, batch=batch_size(bundle, batch))
     with tempfile.TemporaryDirectory(prefix="cnncc-peers-") as folder:
         for peer in dict.fromkeys((*(USUAL_PEERS[on_gpu] if against is None else against), *also)):
             with referee.watch(peer):
@@ -193,14 +193,19 @@ def _half(bundle: Bundle) -> str:
     return bundle.manifest.precision if bundle.manifest.precision in TYPES else ""
 
 
-def _executed(bundle: Bundle) -> str:
+def executed_precision(bundle: Bundle) -> str:
     """Return what a bundle multiplies, by its list of kernels; half precision was audited when it was built."""
     if not _quantized(bundle):
         return _half(bundle) or FP32
     return INT8 if INT8 in executed(bundle.manifest.layers).values() else FLOAT_QDQ
 
 
-def _batch(bundle: Bundle, batch: int) -> int:
+def batch_size(bundle: Bundle, batch: int) -> int:
+    """Return the batch size to measure with; 0 asks for the smallest.
+
+    Raises:
+        UsageError: It was not built.
+    """
     sizes = bundle.manifest.batches
     if batch and batch not in sizes:
         raise UsageError(

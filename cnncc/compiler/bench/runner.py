@@ -166,7 +166,7 @@ def run_benchmark(
     )
     reasons = (*noise.reasons, *gpu_noise({turn.subject.name: summarize_turns(turn.looks) for turn in turns}))
     noise = Noise(bool(reasons), reasons)
-    batch = _batch(feeds)
+    batch = batch_of(feeds)
     basis = "cpu" if gpu is None and threads == 1 and noise.noisy else "wall"
     distances = _agreement(turns)
     return BenchmarkReport(
@@ -416,7 +416,7 @@ def _ratio(ours: _Turns, peer: _Turns, basis: str) -> Ratio:
 
 def _result(turn: _Turns, batch: int, agreement: float | None) -> SubjectResult:
     kind = find_kind(turn.subject.kind)
-    wall = _latency(turn.wall)
+    wall = summarize_latency(turn.wall)
     return SubjectResult(
         name=turn.subject.name,
         kind=kind.name,
@@ -427,7 +427,7 @@ def _result(turn: _Turns, batch: int, agreement: float | None) -> SubjectResult:
         warm_up_runs=len(turn.warm.wall),
         settled=turn.warm.settled,
         wall=wall,
-        cpu=_latency(turn.cpu),
+        cpu=summarize_latency(turn.cpu),
         throughput=batch / wall.p50,
         import_s=turn.opened.import_s,
         open_s=turn.opened.open_s,
@@ -436,14 +436,15 @@ def _result(turn: _Turns, batch: int, agreement: float | None) -> SubjectResult:
         size=engine_size(turn.subject),
         switches=turn.switches,
         agreement=agreement,
-        device=_latency(turn.device) if turn.device else None,
+        device=summarize_latency(turn.device) if turn.device else None,
         clock=turn.opened.clock,
         gpu=summarize_turns(turn.looks),
         note=turn.opened.note,
     )
 
 
-def _latency(rounds: Sequence[Sequence[float]]) -> Latency:
+def summarize_latency(rounds: Sequence[Sequence[float]]) -> Latency:
+    """Return the latency over all runs, from the seconds of each, a sequence per round."""
     times = [time for one in rounds for time in one]
     return Latency(
         minimum=min(times),
@@ -455,7 +456,8 @@ def _latency(rounds: Sequence[Sequence[float]]) -> Latency:
     )
 
 
-def _batch(feeds: Feeds) -> int:
+def batch_of(feeds: Feeds) -> int:
+    """Return how many samples feeds hold."""
     first = next(iter(feeds.values()))
     return int(first.shape[0]) if first.ndim else 1
 
