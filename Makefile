@@ -26,7 +26,7 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
 AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross \
     gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross
 
-.PHONY: help setup demo test test-gpu aarch64 cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+.PHONY: help setup demo test test-gpu slow aarch64 cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
+	@echo 'make slow    what takes minutes: ResNet-18 for a Raspberry Pi 5 under QEMU, heavy architectures'
 	@echo 'make aarch64   what the tests run engines for ARM and RISC-V with; Debian packages only as root'
 	@echo 'make cnncc-run   the C program that runs bundles on devices, for this machine and each with a cross compiler here'
 	@echo 'make tensorrt   the bindings of TensorRT 10 and 11 that the tests hold our calls against'
@@ -67,6 +68,10 @@ test: setup aarch64 tensorrt
 # On a machine with an NVIDIA GPU: without one, every test of it fails
 test-gpu: setup
 	$(BIN)/pytest -m gpu tests/gpu
+
+# What CI has no time for: minutes of emulation, and networks of hundreds of megabytes
+slow: setup aarch64
+	$(BIN)/pytest -m zoo --durations=0
 
 # Where something of it cannot be had, tests say that they were skipped; in CI they fail
 aarch64: build/aarch64/.ready
