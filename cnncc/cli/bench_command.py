@@ -173,7 +173,7 @@ def _predict(render: Render, bundle: Path, cpus: tuple[str, ...], output: Path |
     from cnncc_runtime.bundle import to_plain
 
     render.stage("predict")
-    report = predict_bundle(bundle, cpus, reporter=render)
+    report = predict_bundle(bundle, cpus, render.progress)
     _write(output, report)
     render.result(to_plain(report), lambda: _prediction_text(render, report))
 
@@ -203,7 +203,7 @@ def _prediction_row(layer: LayerPrediction, cpu: str) -> list[str]:
     found = layer.cpus.get(cpu)
     if found is None:
         return [*row, mix, "–", str(layer.loop.products), "–", "–"]
-    return [*row, mix, f"{found.cycles:.1f}", str(layer.loop.products), f"{found.rate:.1f}", f"{100 * found.share:.0f}"]
+    return [*row, mix, f"{found.cycles:.1f}", str(layer.loop.products), f"{found.rate:.3g}", f"{100 * found.share:.0f}"]
 
 
 def _write(output: Path | None, report: BenchmarkReport | RemoteBenchmark | Prediction) -> None:

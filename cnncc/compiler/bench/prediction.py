@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnncc.calibration.plan import PRODUCTS
-from cnncc.compiler.reporting import Reporter
+from cnncc.targets.base import Progress
 from cnncc.targets.devices import cpu_features, machine_name
 from cnncc.targets.llvm.cycles.analyzer import find_tools
 from cnncc.targets.llvm.cycles.disassembly import Instruction
-from cnncc.targets.llvm.cycles.predict import Cpu, Cycles, Forecast, HotLoop, disassemble, forecast, hot_loop
+from cnncc.targets.llvm.cycles.predict import (
+    LIBRARY,
+    Cpu,
+    Cycles,
+    Forecast,
+    HotLoop,
+    disassemble,
+    forecast,
+    hot_loop,
+)
 from cnncc_runtime.bundle import AOT_STATIC, Bundle, LayerRecord, TargetRecord, read_bundle
 from cnncc_runtime.errors import BundleRefused, CnnccError, UsageError
 
@@ -27,7 +36,6 @@ LIMITS = (
 )
 """What a reader must know, whatever was predicted."""
 
-_LIBRARY = ".a"
 _FORMATS = ("tvm-vm", AOT_STATIC)
 
 
@@ -111,13 +119,17 @@ class Prediction:
     notes: tuple[str, ...]
 
 
-def predict_bundle(path: Path, cpus: Sequence[str] = (), *, reporter: Reporter | None = None) -> Prediction:
+def _unheard(_what: str, _fraction: float) -> None:
+    """Tell nobody."""
+
+
+def predict_bundle(path: Path, cpus: Sequence[str] = (), progress: Progress = _unheard) -> Prediction:
     """Predict the cycles of a bundle's inner loops; nothing is executed.
 
     Args:
         path: The bundle.
         cpus: CPUs by LLVM's names; none takes the engine's own and, for AArch64, the usual ones that can run it.
-        reporter: Told of progress.
+        progress: Told which CPU it is at.
 
     Raises:
         BundleRefused: The bundle is damaged, or its engine was stripped of the kernels' names.
@@ -135,29 +147,29 @@ def predict_bundle(path: Path, cpus: Sequence[str] = (), *, reporter: Reporter |
         )
     tools = find_tools()
     machine = machine_name(target.triple)
-    chosen = [_checked(target, name) for name in cpus]
+    asked = [_checked(target, name) for name in cpus or [target.cpu]]
     layers = [layer for layer in bundle.manifest.layers if not PRODUCTS.isdisjoint(layer.ops)]
-    found = find_loops(layers, kernel_code(bundle))
+    loops = find_loops(layers, kernel_code(bundle))
     forecasts: dict[str, Forecast] = {}
     notes = list(LIMITS)
-    for cpu in chosen or [Cpu(target.cpu, target.features)]:
-        forecasts[cpu.name] = forecast(tools, target.triple, machine, cpu, found)
-        _progress(reporter, cpu.name)
+    for cpu in asked:
+        progress(cpu.name, len(forecasts) / len(asked))
+        forecasts[cpu.name] = forecast(tools, target.triple, machine, cpu, loops)
     for name in () if cpus else USUAL_CPUS.get(machine, ()):
         if name in forecasts:
             continue
+        progress(name, 0.5)
         try:
-            forecasts[name] = forecast(tools, target.triple, machine, _checked(target, name), found)
+            forecasts[name] = forecast(tools, target.triple, machine, _checked(target, name), loops)
         except CnnccError as exc:
             notes.append(f"not predicted for {name}: {exc.message}")
-        _progress(reporter, name)
     return Prediction(
         SCHEMA,
         bundle.digest,
         str(tools),
         target.cpu,
         tuple(CpuReport(name, one.by, one.units, one.peaks) for name, one in forecasts.items()),
-        tuple(_layer(layer, found.get(layer.kernel), forecasts) for layer in layers),
+        tuple(_layer(layer, loops.get(layer.kernel), forecasts) for layer in layers),
         tuple(notes),
     )
 
@@ -174,8 +186,8 @@ def kernel_code(bundle: Bundle) -> dict[str, tuple[Instruction, ...]]:
     prefix, suffix = "", "_compute_"
     if manifest.engine.format == AOT_STATIC:  # the executable is stripped; its library is not
         libraries = (file for file, record in manifest.files.items() if record.role == "library")
-        name = next((file for file in libraries if file.endswith(_LIBRARY)), f"lib{name}{_LIBRARY}")
-        prefix, suffix = f"{name.removeprefix('lib').removesuffix(_LIBRARY)}_", ""
+        name = next((file for file in libraries if file.endswith(LIBRARY)), f"lib{name}{LIBRARY}")
+        prefix, suffix = f"{name.removeprefix('lib').removesuffix(LIBRARY)}_", ""
     machine = machine_name(manifest.target.triple)
     symbols = disassemble(find_tools(), bundle.file(name), machine, manifest.target.features)
     kernels = {layer.kernel for layer in manifest.layers}
@@ -224,8 +236,3 @@ def _layer(layer: LayerRecord, loop: HotLoop | None, forecasts: Mapping[str, For
         {name: one for name, one in found.items() if isinstance(one, Cycles)},
         {name: one for name, one in found.items() if isinstance(one, str)},
     )
-
-
-def _progress(reporter: Reporter | None, cpu: str) -> None:
-    if reporter is not None:
-        reporter.progress(cpu, 0.5)

@@ -341,8 +341,11 @@ def test_an_analyzer_that_answers_nonsense_is_a_failure_of_the_toolchain(tmp_pat
         tools = Tools(stand_in(tmp_path, "llvm-mca", said, code=code), "", (14, 0, 6))
         with pytest.raises(ToolchainFailed):
             analyze(tools, AARCH64, "aarch64", "cortex-a72", (), [TILE])
+    gone = Tools(str(tmp_path / "none"), str(tmp_path / "none"), (14, 0, 6))
     with pytest.raises(ToolchainFailed):
-        analyze(Tools(str(tmp_path / "none"), "", (14, 0, 6)), AARCH64, "aarch64", "cortex-a72", (), [TILE])
+        analyze(gone, AARCH64, "aarch64", "cortex-a72", (), [TILE])
+    with pytest.raises(ToolchainFailed, match="cannot be disassembled"):
+        disassemble(gone, tmp_path / "library.a", "aarch64", ())
 
 
 def test_the_newest_pair_of_tools_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

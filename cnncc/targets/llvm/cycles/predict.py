@@ -8,18 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnncc.targets.llvm.cycles.analyzer import Analysis, Tools, analyze
+from cnncc.targets.llvm.cycles.analyzer import INSTALL, Tools, analyze
 from cnncc.targets.llvm.cycles.disassembly import Instruction, blocks_of, parse
 from cnncc.targets.llvm.cycles.loops import heaviest_round, natural_loops
 from cnncc.targets.llvm.cycles.products import Products, carries_sums, counted, peak_loop, peaks_of
 from cnncc_runtime.elf import read_elf
-from cnncc_runtime.errors import BundleRefused, UsageError
+from cnncc_runtime.errors import BundleRefused, ToolchainFailed, UsageError
 
 _LIKELY = 8
 """Iterations that a loop of unknown length is taken to have, as by Wu and Larus, *Static Branch Frequency and Program
 Profile Analysis* (1994), whose loops go on with a probability of 88 %."""
 
+LIBRARY = ".a"
+"""How static libraries' names end; what has another is an ELF file."""
+
 _TIMEOUT = 600
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,16 @@ def disassemble(tools: Tools, path: Path, machine: str, features: Sequence[str])
 
     Raises:
         BundleRefused: It is damaged, or for another machine.
+        ToolchainFailed: llvm-objdump broke.
     """
-    if path.suffix == ".so" and (found := read_elf(path).machine) != machine:
+    if path.suffix != LIBRARY and (found := read_elf(path).machine) != machine:
         raise BundleRefused(f"the engine is for {found}, and its manifest says {machine}", where=[str(path)])
     attributes = ",".join(f"+{feature}" for feature in features)
     command = [tools.disassembler, "--disassemble", "--no-show-raw-insn", f"--mattr={attributes}", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=_TIMEOUT)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise ToolchainFailed(f"the engine cannot be disassembled: {exc}", hint=INSTALL) from exc
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
         raise BundleRefused(
@@ -174,9 +182,7 @@ def forecast(tools: Tools, triple: str, machine: str, cpu: Cpu, loops: Mapping[s
     types = list(dict.fromkeys(loop.type for loop in loops.values()))
     candidates = [(kind, *peak_loop(machine, peak)) for kind in types for peak in peaks_of(machine, cpu.features, kind)]
     lines = [lines for _kind, lines, _count in candidates]
-    found: Analysis = analyze(
-        tools, triple, machine, cpu.name, cpu.features, [*lines, *(loop.lines for loop in loops.values())]
-    )
+    found = analyze(tools, triple, machine, cpu.name, cpu.features, [*lines, *(loop.lines for loop in loops.values())])
     peaks: dict[str, float] = {}
     for (kind, _lines, count), cycles in zip(candidates, found.cycles, strict=False):
         if not isinstance(cycles, str):
