@@ -218,5 +218,5 @@ def _check(tools: Tools, cpu: str, by: str, said: str) -> None:
 
 
 def _too_old(tools: Tools, cpu: str, by: str, why: str) -> DependencyMissing:
-    wanted = cpu if by == cpu else f"{cpu}, which is that of {by}"
+    wanted = cpu if by == cpu else f"{by}, for {cpu},"
     return DependencyMissing(f"a scheduling model of {wanted} is needed, and {why}", hint=INSTALL)
