@@ -24,7 +24,7 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
 # What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine; and
 # kernels for 32-bit ARM and RISC-V
 AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross \
-    gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross
+    gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross llvm-19
 
 .PHONY: help setup demo test test-gpu slow aarch64 cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help

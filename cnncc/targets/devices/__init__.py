@@ -138,12 +138,27 @@ def _overridden(base: Profile, mtriple: str | None, mcpu: str | None, changes: t
         cpu_name, features = base.cpu, frozenset(base.features)
     else:
         cpu_name = mcpu or isa.cpu
-        known = llvm_lists.cpus_of(triple)
-        if cpu_name not in known:
-            raise unknown(f"CPU of {isa.machine}", cpu_name, known)
-        features = llvm_lists.features_of(triple, cpu_name) & frozenset(isa.features)
+        features = cpu_features(triple, cpu_name)
     changed = _apply(features, changes, isa, triple, cpu_name)
     return Profile(f"{isa.machine}/{cpu_name}", triple, cpu_name, tuple(sorted(changed)), base.cores)
+
+
+def cpu_features(triple: str, cpu_name: str) -> frozenset[str]:
+    """Return the features that a CPU has, of those that code generation may use.
+
+    Args:
+        triple: LLVM target triple.
+        cpu_name: LLVM's name of the CPU.
+
+    Raises:
+        UsageError: An unknown triple or CPU; near matches are suggested.
+        TargetUnavailable: LLVM is needed to check a name, and is not here.
+    """
+    isa = isa_of_triple(triple)
+    known = llvm_lists.cpus_of(triple)
+    if cpu_name not in known:
+        raise unknown(f"CPU of {isa.machine}", cpu_name, known)
+    return llvm_lists.features_of(triple, cpu_name) & frozenset(isa.features)
 
 
 def named(profile: Profile) -> Profile:
@@ -185,6 +200,7 @@ __all__ = [
     "HOST",
     "NATIVE",
     "Device",
+    "cpu_features",
     "file_devices",
     "find_device",
     "host_machine",
