@@ -51,6 +51,7 @@ class Machine:
             that every kernel needs. None on NEON, where LLVM then loads four channels of each pixel and spills.
         tiles: Register tiles that do not spill: rows (values broadcast against each loaded vector) and vectors.
         cores: Threads that share the work.
+        tight: Whether vector registers are few and nothing is multiplied from memory.
         dot: LLVM's instruction that sums products of int8 (see `schedule.products`); empty for plain arithmetic.
         matrix: The one that multiplies matrices of int8; empty for none.
         l1: Bytes of first-level data cache to plan with.
@@ -65,6 +66,7 @@ class Machine:
     spare: int = 1
     broadcasts: int = 32
     pointers: int = 0
+    tight: bool = False
     dot: str = ""
     matrix: str = ""
     l1: int = 32 * _KIB
@@ -154,7 +156,7 @@ def machine_of(profile: Profile) -> Machine:
         lanes, matrix = dot("dotprod", "neon"), _MATRIX if "i8mm" in features else ""
         return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=lanes, matrix=matrix)
     if isa is ARM and "neon" in features:
-        return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, dot=_ARM_DOT)
+        return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, tight=True, dot=_ARM_DOT)
     if isa is RISCV64 and "v" in features:
         return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=2)
     if isa is ARM or isa is RISCV64:

@@ -357,14 +357,17 @@ def window_plan(sliding: Sliding, planes: int, machine: Machine, *, weighted: bo
     held = min(wide, 3) if weighted else 0  # of a wider kernel's weights, the rest is read as it is used
     # Long rows of few taps are worth code of their own where all rows of the kernel lie in the image: measured 8 % on
     # AVX2 and 25 % on AVX-512 at 56 × 56, nothing at 28 × 28 or with a stride; smaller tiles keep that code small.
-    unrolled = weighted and high <= 3 and sliding.stride == (1, 1) and sliding.output[0] >= 40
+    tight = machine.tight and weighted
+    unrolled = weighted and not tight and high <= 3 and sliding.stride == (1, 1) and sliding.output[0] >= 40
     least = min(4, -(-_IN_FLIGHT // vectors))
     most = min(max((machine.registers - 2) // vectors - held, least), 8 if unrolled else 14)
+    if tight:  # a fourth weight, and inputs that neighbours do not share at once, take registers as well
+        most -= (wide > held) + (sliding.stride[1] > 1 or sliding.dilation[1] > 1)
     row, columns = min(
         (_row_cycles(sliding.output[1], columns, high * wide, vectors), columns)
         for columns in range(1, min(most, sliding.output[1]) + 1)
     )
-    split = max(1, min(wide, _IN_FLIGHT // (columns * vectors)))
+    split = 1 if tight and columns > 1 else max(1, min(wide, _IN_FLIGHT // (columns * vectors)))
     cycles = planes * sliding.output[0] * (row + _ROW)
     return WindowPlan(columns, split, _window_chunk(sliding, planes, machine), unrolled, cycles > _SHARE)
 
