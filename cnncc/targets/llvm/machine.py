@@ -27,12 +27,14 @@ class Beside:
     Attributes:
         spare: For what is at work.
         vector: For each vector of weights.
-        pixel: For each pixel.
+        pixel: For each pixel, or for each `rows` of them.
+        rows: Pixels that an instruction multiplies at once.
     """
 
     spare: int
     vector: int = 1
     pixel: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Machine:
             that every kernel needs. None on NEON, where LLVM then loads four channels of each pixel and spills.
         tiles: Register tiles that do not spill: rows (values broadcast against each loaded vector) and vectors.
         cores: Threads that share the work.
+        tight: Whether vector registers are few and nothing is multiplied from memory.
         dot: LLVM's instruction that sums products of int8 (see `schedule.products`); empty for plain arithmetic.
+        matrix: The one that multiplies matrices of int8; empty for none.
         l1: Bytes of first-level data cache to plan with.
         l2: Bytes of second-level cache to plan with.
     """
@@ -62,7 +66,9 @@ class Machine:
     spare: int = 1
     broadcasts: int = 32
     pointers: int = 0
+    tight: bool = False
     dot: str = ""
+    matrix: str = ""
     l1: int = 32 * _KIB
     l2: int = 512 * _KIB
 
@@ -72,6 +78,8 @@ class Machine:
         Args:
             together: Channels that a step sums over.
         """
+        if together > _FOUR:
+            return _BESIDE_MATRICES
         if together > _PAIR and self.dot in _PAIRS:
             return Beside(3)  # a pixel, its products as int16, and the ones that these are multiplied by
         return _BESIDE_DOTS.get(self.dot, Beside(self.spare))
@@ -108,6 +116,11 @@ _DOTS = {
 _ARM_DOT = "llvm.arm.neon.vmulls.v8i16"
 """The same instruction as NEON's of AArch64, by the name that LLVM has for it on 32-bit ARMs."""
 
+_MATRIX = "llvm.aarch64.neon.smmla.v4i32.v16i8"
+"""i8mm's instruction for matrices of int8."""
+
+_FOUR = 4
+"""Channels of int8 that instructions other than those of matrices sum over, at most."""
 _PAIR = 2
 _PAIRS = frozenset({_DOTS["avx512bw"], _DOTS["avx2"], _DOTS["sse2"]})
 """Those that sum over two channels."""
@@ -119,6 +132,10 @@ _BESIDE_DOTS = {
     ),  # sums in int16, and each vector of weights in two halves
 }
 """Those that take their pixels from lanes → what else they need registers for."""
+
+_BESIDE_MATRICES = Beside(5, vector=2, pixel=1, rows=2)
+"""The weights of four channels are two vectors, and so are their sums with two pixels. With less to spare, LLVM was
+seen to spill sums: it keeps pixels for the next taps."""
 
 
 def machine_of(profile: Profile) -> Machine:
@@ -136,9 +153,10 @@ def machine_of(profile: Profile) -> Machine:
         return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86, dot=half)
     isa = isa_of_triple(profile.triple)
     if isa is AARCH64:
-        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod", "neon"))
+        lanes, matrix = dot("dotprod", "neon"), _MATRIX if "i8mm" in features else ""
+        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=lanes, matrix=matrix)
     if isa is ARM and "neon" in features:
-        return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, dot=_ARM_DOT)
+        return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, tight=True, dot=_ARM_DOT)
     if isa is RISCV64 and "v" in features:
         return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=2)
     if isa is ARM or isa is RISCV64:

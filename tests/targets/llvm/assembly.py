@@ -31,7 +31,7 @@ EMBEDDED = {
     "riscv64": ("riscv64-linux-gnu", "sifive-u54"),
 }
 
-"""Those whose kernels beside direct convolutions may spill."""
+"""Those whose transforms of Winograd's method may spill."""
 
 _LABEL = re.compile(r"(\.?L\w+):")
 
@@ -101,7 +101,8 @@ class Loop:
     def stores(self) -> list[str]:
         """Vector stores to memory other than the stack."""
         return [line for line in self.lines if re.search(r"mov[au]ps\s+%[xyz]mm\d+, .*\((?!%rsp)", line)
-                or re.search(r"\b(str|stp|stur|st1)\s+[{]?[qv]\d+(?!.*\[sp)", line)]  # fmt: skip
+                or re.search(r"\b(str|stp|stur|st1)\s+[{]?[qv]\d+(?!.*\[sp)", line)
+                or re.search(r"\bvst1\.|\bfsw\s(?!.*\(sp\))", line)]  # fmt: skip
 
     @property
     def stack_traffic(self) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 
 from cnncc.targets.llvm.machine import Machine
@@ -28,8 +29,8 @@ INTEGER_CONV2D = "conv2d_int8"
 _OPERANDS = 2
 _PLAIN = 3
 """Axes before the last one of a tensor that is not blocked."""
-_LINE = 16
-"""Elements of a cache line."""
+_LINE = 64
+"""Bytes of a cache line."""
 
 Take = Callable[[RegisterTile, Any], list[Any]]
 """Registers of a tile and its number in the task → the statements that take its sums."""
@@ -43,7 +44,7 @@ class Conv2d:
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
-        return _kernel(function, CONV2D, machine, lambda _held: FLOATS)
+        return _kernel(function, CONV2D, machine, lambda _data, _weight: FLOATS)
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,19 @@ class IntegerConv2d:
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
-        return _kernel(function, INTEGER_CONV2D, machine, lambda held: dots_for(machine, held))
+
+        def products(data: Any, weight: Any) -> Dots:
+            *_, channels = tir.shape_of(weight)
+            return next(dots for dots in dots_for(machine, str(data.dtype)) if dots.channels == channels)
+
+        return _kernel(function, INTEGER_CONV2D, machine, products)
 
 
-def _kernel(function: Any, kind: str, machine: Machine, products: Callable[[str], Products]) -> Any | None:
+def _kernel(function: Any, kind: str, machine: Machine, products: Callable[[Any, Any], Products]) -> Any | None:
     anchor = find_anchor(function, kind)
     if anchor is None or len(anchor.reads) != _OPERANDS:
         return None
-    return _Builder(anchor, machine, products(str(anchor.reads[0].dtype))).function(function)
+    return _Builder(anchor, machine, products(*anchor.reads)).function(function)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class _Builder:
         data, weight = anchor.reads
         self.data, self.weight, self.vector, seen = data, weight, self.block, {}
         if isinstance(products, Dots):
-            self.data, self.weight = _as_elements(data, products.channels), _as_elements(weight, products.channels)
+            self.data, self.weight = _as_elements(data, products), _weights_as_elements(weight, products)
             self.vector = machine.lanes
             seen = {weight: self.weight} | ({} if self.data.same_as(data) else {data: self.data})
         self.groups, self.panels, self.blocks, kh, kw, self.lanes, _ = tir.shape_of(self.weight)
@@ -150,7 +156,7 @@ class _Builder:
 
         def take(registers: RegisterTile, number: Any) -> list[Any]:
             stores = []
-            for pixel, held in enumerate(registers.buffers):
+            for pixel, held in enumerate(registers.taken):
                 stores += self._store(part, place_of(self.tiling, run.first + number, pixel), held.__getitem__)
             return stores
 
@@ -172,7 +178,7 @@ class _Builder:
                 offsets = [kept[n] for n in pixels]
                 buffers.append(kept)
             steps = self._chain(registers, image, part, offsets, chain)
-            body = [*held, *registers.clear(), steps, *take(registers, number)]
+            body = [*held, *registers.clear(), steps, *registers.apart(), *take(registers, number)]
             return tir.block(tir.sequence(body), buffers, "tile")
 
         return tir.loop(run.count, tile, name="tile")
@@ -212,18 +218,19 @@ class _Builder:
         start = ((part.image * self.groups + part.group) * total) * image.plane
 
         abreast = self.products.abreast if self.lanes % self.products.abreast == 0 else 1
+        line_elements = _LINE // np.dtype(self.weight.dtype).itemsize
 
         def step(block: Any, down: Any, right: Any, first: Any, number: int) -> Any:
             base = start + block * image.plane + image.tap(down, right) + first
             tap = (down, right, first + number)
             products = registers.step(
-                lambda pixel: tir.one_of(image.buffer, base + offsets[pixel], abreast, number),
+                lambda pixel: self._source(image, base + offsets[pixel], pixel, abreast, number),
                 lambda output: tir.at(self.weight, part.group, part.panel, block, *tap, output),
             )
             # What this tile reads now, the tiles of the next chain read next: it comes from memory meanwhile.
             ahead = [
                 tir.prefetch(self.weight, (part.group, part.panel, block + length, *tap, tir.index(line)))
-                for line in range(0, self.width, _LINE)
+                for line in range(0, self.width, line_elements)
             ]
             return tir.sequence([*ahead, *products])
 
@@ -237,17 +244,37 @@ class _Builder:
                 count = self.inputs if total == 1 else tirx.min(tir.index(count), self.inputs - block * count)
             return tir.loop(count, steps, name="ic")
 
+        count: Any = min(length, total)
+        high: Any = self.sliding.kernel[0]
+        ragged = total % count > 0
+        if (
+            self.products.rows > 1
+        ):  # short loops of few instructions LLVM unrolls, and keeps their weights for all tiles
+            if count > 1:
+                count = tir.unknown(count)
+            elif high > 1:
+                high = tir.unknown(high)
+        if ragged:
+            count = tirx.min(tir.index(length), total - chain * length)
+
         def taps(number: Any) -> Any:
-            block = chain * length + number
-            high, wide = self.sliding.kernel
+            block, wide = chain * length + number, self.sliding.kernel[1]
             return tir.loop(
                 high, lambda down: tir.loop(wide, lambda right: channels(block, down, right), name="kw"), name="kh"
             )
 
-        count: Any = min(length, total)
-        if total % count:
-            count = tirx.min(tir.index(length), total - chain * length)
         return tir.loop(count, taps, name="kb")
+
+    def _source(self, image: Image, place: Any, pixel: int, abreast: int, number: int) -> Any:
+        """Return the element of a pixel, or those of the pixels from this one on that are multiplied at once.
+
+        Two pixels lie at a constant distance: tiles end with the row wherever instructions take two.
+        """
+        if self.products.rows == 1:
+            return tir.one_of(image.buffer, place, abreast, number)
+        if pixel + 1 == self.tiling.columns:  # without a second one; what its sums are is not looked at
+            return tirx.Broadcast(image.buffer[place], self.products.rows)
+        return image.buffer[tirx.Ramp(place, tir.index(image.pixel(0, 1)), self.products.rows)]
 
     def _store(self, part: _Part, here: tuple[Any, Any], value: Callable[[Any], Any]) -> list[Any]:
         """Return the stores of one pixel's channels, with the epilogue."""
@@ -265,13 +292,19 @@ class _Builder:
         return self.tail.at((*outer, lane), value(first + lane))
 
 
-def _as_elements(source: Any, channels: int) -> Any:
-    """Return a view of bytes or int16 whose last axis, channels, is one of elements; none is left of a single element.
+def _as_elements(data: Any, dots: Dots) -> Any:
+    """Return a view of bytes or int16 whose last axis, channels, is one of elements.
 
     Of ``[n, c, h, w]`` there is no such view: channels do not lie side by side.
     """
-    *outer, last = tir.shape_of(source)
-    if len(outer) == _PLAIN:
-        return source
-    lanes = [last // channels] if last > channels else []
-    return tir.buffer((*outer, *lanes), f"{source.name}_elements", "int32")
+    *outer, last = tir.shape_of(data)
+    return data if len(outer) == _PLAIN else _view(data, (*outer, last // dots.channels), dots)
+
+
+def _weights_as_elements(weight: Any, dots: Dots) -> Any:
+    """Return a view of packed weights whose last axis, the channels of an element, is none."""
+    return _view(weight, tir.shape_of(weight)[:-1], dots)
+
+
+def _view(source: Any, shape: tuple[int, ...], dots: Dots) -> Any:
+    return tir.buffer(shape, f"{source.name}_elements", dots.element)
