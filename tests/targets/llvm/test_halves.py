@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
 
 from cnncc.compiler.audit import audit
@@ -24,6 +25,8 @@ from tests.qemu.board import Board, build, disassembly, make_board, require
 from tests.targets.conformance import feeds_of
 from tests.targets.llvm.test_aot import Machine, built, outputs_of
 from tests.targets.llvm.test_blocked_operators import OPERATORS, written
+from tests.targets.llvm.test_convolutions import Case, cases
+from tests.targets.llvm.test_convolutions import graph_of_case as convolution
 from tests.targets.llvm.test_operators import CASES, X, graph_of_case
 
 pytestmark = pytest.mark.slow
@@ -79,6 +82,15 @@ def test_an_operator_on_blocks_computes_what_its_narrowed_graph_says(
     writer = written(OPERATORS[name], channels)
     feeds = {"x": np.random.default_rng(1).standard_normal(writer.shape).astype("float32")}
     check(board, writer.graph(writer.result), feeds, tmp_path / "engine")
+
+
+@given(case=cases())
+@settings(
+    max_examples=20, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # always the same: of ever new small outputs, some will once have a lucky floor
+def test_a_convolution_computes_what_its_narrowed_graph_says(case: Case, board: Board, tmp_path: Path) -> None:
+    graph = convolution(case)
+    check(board, graph, random_feeds(graph.inputs), tmp_path / "engine")
 
 
 def weights(*shape: int) -> NDArray[np.float32]:
