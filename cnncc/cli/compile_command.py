@@ -71,8 +71,8 @@ _KERNEL_FLAGS = ("runtime", "winograd", "direct", "winograd_growth")
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "auto"]),
     default="fp32",
     show_default=True,
-    help="fp16, bf16: --target cuda only. int8 is calibrated on --data, or made by --calib; auto keeps in float what "
-    "costs accuracy or time.",
+    help="fp16: GPUs, and ARM CPUs with fullfp16; bf16: --target cuda only. int8 is calibrated on --data, or made by "
+    "--calib; auto keeps in float what costs accuracy or time.",
 )
 @click.option(
     "--float-type",

@@ -72,6 +72,18 @@ def test_an_engine_computes_what_onnx_runtime_computes(
     assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
 
 
+def test_an_engine_in_float16_is_proven_under_emulation(tmp_path: Path, weights: Path) -> None:
+    board.require()
+    bundle = tmp_path / "half.cnncc"
+    model = (f"{DIGITS}:build", "--weights", weights, "--input-shape", "N,3,28,28", "--batch", "1,3")
+    apart("compile", *model, "--device", "raspberry-pi-5", "--precision", "fp16", "-o", bundle)
+    manifest = read_bundle(bundle).manifest
+    assert (manifest.precision, manifest.parity) == ("fp16", "pending")
+    assert {layer.precision for layer in manifest.layers} == {"float16"}
+    apart("verify", bundle, "--emulate", env={WHEELS: str(board.WHEELS)})
+    assert read_bundle(bundle).manifest.parity == "passed"
+
+
 def test_an_engine_of_a_newer_cpu_is_refused_before_it_can_die(bundles: dict[str, Path], disk: Path) -> None:
     said = (
         board.make_board(disk, "cortex-a72")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cnncc.targets.base import Profile
@@ -18,6 +18,11 @@ on."""
 _FOUR_CHANNELS = 3
 """NEON multiplies by a lane of a register, which LLVM loads with four channels of a pixel. On 32-bit ARMs a few pixels
 are loaded ahead."""
+
+HALF = 2
+"""Bytes of float16."""
+_SPLIT = 4
+"""Registers that share a sum of float16: it costs no instruction but those that join them, once a chain."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Machine:
     """A processor, as schedules see it.
 
     Attributes:
-        lanes: fp32 values in a vector register.
+        lanes: Elements in a vector register: float32, or float16 in what `of` returns for it.
         block: Channels that lie side by side in a blocked tensor; one or more whole vectors.
         registers: Vector registers.
         spare: Vector registers that a register tile leaves to broadcasts.
@@ -56,6 +61,10 @@ class Machine:
         matrix: The one that multiplies matrices of int8; empty for none.
         l1: Bytes of first-level data cache to plan with.
         l2: Bytes of second-level cache to plan with.
+        halves: Whether it multiplies vectors of float16, of twice as many lanes.
+        width: Bytes of an element.
+        abreast: Channels of a pixel that kernels of floats load at once, where instructions multiply by a lane.
+        split: Registers that share a sum of floats in a register tile: each adds up fewer products.
     """
 
     lanes: int
@@ -71,6 +80,24 @@ class Machine:
     matrix: str = ""
     l1: int = 32 * _KIB
     l2: int = 512 * _KIB
+    halves: bool = False
+    width: int = 4
+    abreast: int = 1
+    split: int = 1
+
+    def computes(self, dtype: str) -> bool:
+        """Whether kernels for an element type of floats are to be had."""
+        return dtype == "float32" or (dtype == "float16" and self.halves)
+
+    def of(self, dtype: str) -> Machine:
+        """Return the machine as kernels of an element type see it."""
+        if dtype != "float16" or not self.halves or self.width == HALF:
+            return self
+        return replace(self, lanes=2 * self.lanes, width=HALF, abreast=2 * self.lanes, split=_SPLIT)
+
+    def beside_floats(self) -> Beside:
+        """Return what a register tile of floats leaves to other things than its sums."""
+        return Beside(self.spare) if self.abreast == 1 else Beside(1, pixel=1)
 
     def beside_dots(self, together: int) -> Beside:
         """Return what a register tile of int8 leaves to other things than its sums.
@@ -154,7 +181,10 @@ def machine_of(profile: Profile) -> Machine:
     isa = isa_of_triple(profile.triple)
     if isa is AARCH64:
         lanes, matrix = dot("dotprod", "neon"), _MATRIX if "i8mm" in features else ""
-        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=lanes, matrix=matrix)
+        return Machine(
+            4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=lanes, matrix=matrix,
+            halves="fullfp16" in features,
+        )  # fmt: skip
     if isa is ARM and "neon" in features:
         return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, tight=True, dot=_ARM_DOT)
     if isa is RISCV64 and "v" in features:

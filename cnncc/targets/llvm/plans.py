@@ -51,6 +51,11 @@ class Plans:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
+    def of(self, dtype: str) -> Plans:
+        """Return where kernels of an element type get their knobs: float16 has the rules' alone."""
+        seen = self.machine.of(dtype)
+        return self if seen is self.machine else Plans(seen)
+
     def direct(self, shape: ConvShape) -> DirectPlan:
         """Return the knobs of a direct convolution."""
         return direct_plan(shape, self.machine)

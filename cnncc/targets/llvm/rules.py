@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
-from cnncc.targets.llvm.machine import Beside, Machine
+from cnncc.targets.llvm.machine import HALF, Beside, Machine
 from cnncc.targets.llvm.tiling import Tiling
 
 _LATENCY = 4.0
@@ -29,6 +29,10 @@ _ELEMENT = 4
 """Bytes of an element; of int8, as many channels as it has bytes, or eight."""
 _CHAIN = 160
 """Multiply-adds that follow each other in one register."""
+HALF_CHAIN = 18
+"""The same in float16, where each rounds what is summed so far: n have n / 2 times the variance of one rounding.
+ResNet-18 and MobileNetV2 (64×64, under qemu) erred 2.1 and 1.8 times the floor of `cnncc.compiler.parity` with 18, both
+3.3 times with 72; 4 are allowed, and what tensor cores do was measured as 2.8."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,9 @@ class ConvShape:
         """Multiply-adds of the direct method."""
         return self.batch * self.groups * self.inputs * self.outputs * self.taps * self.pixels
 
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an element."""
-        return max(_ELEMENT, self.together)
+    def element_bytes(self, machine: Machine) -> int:
+        """Return the bytes of an element, as kernels for a machine hold it."""
+        return max(machine.width, self.together)
 
     @property
     def rows(self) -> int:
@@ -192,6 +195,16 @@ def widest_tile(shape: ConvShape, machine: Machine) -> int:
     return shape.pixels if shape.flat else max(shape.output[1], min(machine.pointers, shape.pixels))
 
 
+def chain_products(lanes: int, machine: Machine) -> int:
+    """Return how many products a chain should have.
+
+    Args:
+        lanes: Channels whose products go to the registers that share a sum in turn.
+        machine: What the kernel is for.
+    """
+    return _CHAIN if machine.width > HALF else HALF_CHAIN * min(machine.split, lanes)
+
+
 def most_pixels(vectors: int, machine: Machine, beside: Beside | None = None) -> int:
     """Return how many pixels a register tile of some vectors of channels may have.
 
@@ -200,9 +213,9 @@ def most_pixels(vectors: int, machine: Machine, beside: Beside | None = None) ->
         machine: What the kernel is for.
         beside: Registers for other things than sums; what products of floats need by default.
     """
-    beside = beside or Beside(machine.spare)
+    beside = beside or machine.beside_floats()
     left = machine.registers - beside.spare - beside.vector * vectors
-    return min(left // (beside.rows * vectors + beside.pixel) * beside.rows, machine.broadcasts)
+    return min(left // (beside.rows * machine.split * vectors + beside.pixel) * beside.rows, machine.broadcasts)
 
 
 def tiling_of(shape: ConvShape, columns: int, machine: Machine) -> Tiling:
@@ -224,15 +237,17 @@ def _step(shape: ConvShape, pixels: int, vectors: int, machine: Machine) -> floa
     A load more asks for weights of the next chain. The weights of a chain pass once for every tile: from L2, where they
     do not leave half of L1 to the image.
     """
+    element = shape.element_bytes(machine)
     chain = longest_chain(shape, machine) * shape.lane_block(machine) * shape.taps
-    weights = vectors * machine.lanes * shape.element_bytes
-    stream = 0.0 if chain * weights <= machine.l1 // 2 else weights / (_L2_LANES * machine.lanes)
+    weights = vectors * machine.lanes * element
+    a_cycle = _L2_LANES * machine.lanes * machine.width / 4
+    stream = 0.0 if chain * weights <= machine.l1 // 2 else weights / a_cycle
     sources = -(-pixels // shape.rows)
     neighbours = shape.taps == 1 or shape.stride[1] == 1  # pixels that are multiplied at once are one load then
     inserted = 0 if neighbours else pixels - sources  # by a load and a vector unit
     products = sources * shape.rows * vectors + inserted + pixels % shape.rows
-    loads = sources + inserted + shape.rows * vectors
-    return max(products / 2, (loads + 1) / 2, _LATENCY, stream) + _LOOP
+    loads = sources / machine.abreast + inserted + shape.rows * vectors
+    return max(products / 2, (loads + 1) / 2, _LATENCY / machine.split, stream) + _LOOP
 
 
 def longest_chain(shape: ConvShape, machine: Machine) -> int:
@@ -245,8 +260,10 @@ def longest_chain(shape: ConvShape, machine: Machine) -> int:
     """
     block = shape.lane_block(machine)
     total = blocks_of(shape.inputs, block)
-    most = max(1, _CHAIN * _ELEMENT // shape.element_bytes // (shape.taps * block))
-    if total <= most + most // 2:
+    most = max(
+        1, chain_products(block, machine) * machine.width // shape.element_bytes(machine) // (shape.taps * block)
+    )
+    if total <= most + (most // 2 if machine.width > HALF else 0):
         return total
     return -(-total // -(-total // most))
 
@@ -260,10 +277,11 @@ def _chunk(shape: ConvShape, tile: tuple[int, int], machine: Machine) -> int:
     columns, panel = tile
     tiles = tiling_of(shape, columns, machine).count
     panels = -(-blocks_of(shape.outputs, machine.block) // panel)
-    weights = shape.groups * shape.inputs * shape.outputs * shape.taps * shape.element_bytes
+    element = shape.element_bytes(machine)
+    weights = shape.groups * shape.inputs * shape.outputs * shape.taps * element
     a_cycle = _FROM_L2 if weights <= machine.l2 // 2 else _BEYOND_L2
     streamed = weights / a_cycle / (shape.macs / shape.batch / (2 * machine.lanes))
-    reads = shape.inputs * columns * shape.element_bytes * (1 if shape.flat else shape.stride[0] * shape.stride[1])
+    reads = shape.inputs * columns * element * (1 if shape.flat else shape.stride[0] * shape.stride[1])
     sums = columns * panel * machine.block * 4
     most = max(1, min(machine.l2 // 2 // reads, machine.l2 // 4 // sums, tiles))
     best, best_cost = most, float("inf")

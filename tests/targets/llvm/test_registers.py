@@ -9,6 +9,7 @@ from cnncc.targets.devices import named, resolve_profile
 from cnncc.targets.llvm.blocked.convolution import conv2d
 from cnncc.targets.llvm.blocked.geometry import blocked_shape
 from cnncc.targets.llvm.blocked.integers import integer_conv2d
+from cnncc.targets.llvm.blocked.window import depthwise
 from cnncc.targets.llvm.machine import machine_of
 from cnncc.targets.llvm.plans import Plans
 from cnncc.targets.llvm.rules import ConvShape, direct_plan
@@ -78,3 +79,37 @@ def test_a_convolution_of_int8_matrices_spills_nothing_in_its_inner_loops(name: 
     for loop in hot:
         assert loop.count(r"\bsdot\b") == 0
         assert loop.stack_traffic == [], f"{loop.label} of {plan} spills"
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_of_float16_converts_and_spills_nothing_in_its_inner_loops(name: str) -> None:
+    shape, profile = shape_of(CONVOLUTIONS[name]), isa_profile("neon")
+    machine = machine_of(profile).of("float16")
+    plan = direct_plan(shape, machine)
+    weight = np.ones((shape.outputs, shape.inputs, *shape.kernel), "float16")
+    image = (1, shape.inputs, *shape.image)
+    data = blocked_shape(image, machine.block) if shape.blocked else image
+    text = kernel_assembly(profile, data, lambda builder, x, _: conv2d(builder, x, weight, shape, machine), "float16")
+    products = plan.columns * plan.panel * min(machine.block, shape.inputs)
+    hot = [loop for loop in inner_loops(text) if loop.count(r"fmla\s.*\.8h") >= products]
+    assert hot, "no inner loop holds the products of a block of channels"
+    for loop in hot:
+        assert loop.multiply_adds == loop.count(r"fmla\s.*\.8h")
+        assert loop.count("fcvt") == 0
+        assert loop.stack_traffic == [], f"{loop.label} of {plan} spills"
+
+
+def test_a_depthwise_convolution_of_float16_converts_and_spills_nothing_in_its_inner_loops() -> None:
+    profile = isa_profile("neon")
+    machine = machine_of(profile).of("float16")
+    shape = ConvShape(1, 64, 1, 1, (28, 28), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (28, 28))
+    weight = np.ones((64, 1, 3, 3), "float16")
+    data = blocked_shape((1, 64, 28, 28), machine.block)
+    text = kernel_assembly(
+        profile, data, lambda builder, x, _: depthwise(builder, x, weight, shape, machine), "float16"
+    )
+    hot = [loop for loop in inner_loops(text) if loop.count(r"fmla\s.*\.8h") >= 8]
+    assert hot
+    for loop in hot:
+        assert loop.count(r"fcvt|\.4s") == 0
+        assert loop.stack_traffic == []

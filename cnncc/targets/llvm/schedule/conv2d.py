@@ -14,12 +14,12 @@ import numpy as np
 from tvm import tirx
 
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.rules import DirectPlan
+from cnncc.targets.llvm.rules import DirectPlan, chain_products
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 from cnncc.targets.llvm.schedule.elementary import expensive
 from cnncc.targets.llvm.schedule.padded import Image, Sliding
-from cnncc.targets.llvm.schedule.products import FLOATS, Dots, Products, dots_for
+from cnncc.targets.llvm.schedule.products import Dots, FloatProducts, Products, dots_for
 from cnncc.targets.llvm.schedule.register_tile import RegisterTile
 from cnncc.targets.llvm.schedule.tiling import place_of
 from cnncc.targets.llvm.tiling import Tiling
@@ -44,7 +44,7 @@ class Conv2d:
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the convolution's kernel, or None where the function is not one, or reads nothing but padding."""
-        return _kernel(function, CONV2D, machine, lambda _data, _weight: FLOATS)
+        return _kernel(function, CONV2D, machine, lambda data, _weight: FloatProducts(str(data.dtype), machine.abreast))
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ class _Builder:
         self.groups, self.panels, self.blocks, kh, kw, self.lanes, _ = tir.shape_of(self.weight)
         self.outputs = total // self.groups
         self.width = self.plan.panel * self.block
+        self.abreast = products.abreast if self.lanes % products.abreast == 0 else 1
+        self.unrolled, self.split, self.rows = self.abreast, 1, kh
+        if products.dtype == "float16":  # a block under a large kernel is several chains
+            self.unrolled, self.split = self.lanes, machine.split
+            self.rows = min(kh, max(1, chain_products(self.lanes, machine) // (kw * self.lanes)))
         self.sliding = Sliding(
             self.data, self.lanes, self.groups * self.blocks, (kh, kw), (sh, sw), (top, left), (dh, dw), (high, wide),
             products.blank,
@@ -150,13 +155,13 @@ class _Builder:
 
     def _chunk(self, image: Image, part: _Part, run: _Run) -> Any:
         """Return the work of one task."""
-        chains = -(-self.blocks // self.plan.chain)
+        chains = -(-self.blocks // self.plan.chain) * -(-self.sliding.kernel[0] // self.rows)
         if chains > 1 or expensive(self.tail.value):
             return self._through_sums(image, part, run, chains)
 
         def take(registers: RegisterTile, number: Any) -> list[Any]:
             stores = []
-            for pixel, held in enumerate(registers.taken):
+            for pixel, held in enumerate(registers.sums):
                 stores += self._store(part, place_of(self.tiling, run.first + number, pixel), held.__getitem__)
             return stores
 
@@ -167,7 +172,7 @@ class _Builder:
         pixels = range(self.tiling.columns)
 
         def tile(number: Any) -> Any:
-            registers = RegisterTile(self.tiling.columns, self.width, self.vector, self.products)
+            registers = RegisterTile(self.tiling.columns, self.width, self.vector, self.products, self.split)
             spot = image.pixel(*place_of(self.tiling, run.first + number, 0))
             offsets = [spot + image.pixel(0, pixel) for pixel in pixels]
             held, buffers = [], list(registers.buffers)
@@ -178,29 +183,34 @@ class _Builder:
                 offsets = [kept[n] for n in pixels]
                 buffers.append(kept)
             steps = self._chain(registers, image, part, offsets, chain)
-            body = [*held, *registers.clear(), steps, *registers.apart(), *take(registers, number)]
+            body = [*held, *registers.clear(), steps, *registers.finish(), *take(registers, number)]
             return tir.block(tir.sequence(body), buffers, "tile")
 
         return tir.loop(run.count, tile, name="tile")
 
     def _through_sums(self, image: Image, part: _Part, run: _Run, chains: int) -> Any:
         """Return the work of one task whose sums wait in memory: for their next chain, or for a costly epilogue."""
-        sums = tir.buffer([run.most, self.tiling.columns, self.width], "sums", self.products.dtype)
+        sums = tir.buffer([run.most, self.tiling.columns, self.width], "sums", self.products.total)
 
         def finish(number: Any) -> Any:
             def pixel(index: Any) -> Any:
                 here = place_of(self.tiling, run.first + number, index)
-                return tir.sequence(self._store(part, here, lambda channel: tir.at(sums, number, index, channel)))
+                return tir.sequence(
+                    self._store(
+                        part, here, lambda channel: tir.at(sums, number, index, channel).astype(self.products.dtype)
+                    )
+                )
 
             return tir.loop(self.tiling.columns, pixel, name="pixel")
 
         def all_tiles(chain: Any) -> Any:
             def take(registers: RegisterTile, number: Any) -> list[Any]:
                 def keep(pixel: int, channel: Any, value: Any) -> Any:
-                    return tir.store(sums, (number, pixel, channel), value)
+                    return tir.store(sums, (number, pixel, channel), value.astype(self.products.total))
 
                 def add(pixel: int, channel: Any, value: Any) -> Any:
-                    return keep(pixel, channel, sums[number, pixel, channel] + value)
+                    total = value.astype(self.products.total)
+                    return tir.store(sums, (number, pixel, channel), sums[number, pixel, channel] + total)
 
                 if chains == 1:
                     return registers.collect(keep)
@@ -215,17 +225,19 @@ class _Builder:
     def _chain(self, registers: RegisterTile, image: Image, part: _Part, offsets: Sequence[Any], chain: Any) -> Any:
         """Return the loops that add one chain of products to a tile, whose pixels lie at some offsets of a plane."""
         length, total = self.plan.chain, self.blocks
+        high, wide = self.sliding.kernel
+        parts = -(-high // self.rows)
+        group, part_of = (chain, tir.index(0)) if parts == 1 else (chain // parts, chain % parts)
         start = ((part.image * self.groups + part.group) * total) * image.plane
-
-        abreast = self.products.abreast if self.lanes % self.products.abreast == 0 else 1
-        line_elements = _LINE // np.dtype(self.weight.dtype).itemsize
+        line_elements = _LINE // np.dtype(str(self.weight.dtype)).itemsize
 
         def step(block: Any, down: Any, right: Any, first: Any, number: int) -> Any:
-            base = start + block * image.plane + image.tap(down, right) + first
+            base = start + block * image.plane + image.tap(down, right) + first + (number if self.abreast == 1 else 0)
             tap = (down, right, first + number)
             products = registers.step(
-                lambda pixel: self._source(image, base + offsets[pixel], pixel, abreast, number),
+                lambda pixel: self._source(image, base + offsets[pixel], pixel, number),
                 lambda output: tir.at(self.weight, part.group, part.panel, block, *tap, output),
+                number,
             )
             # What this tile reads now, the tiles of the next chain read next: it comes from memory meanwhile.
             ahead = [
@@ -236,42 +248,53 @@ class _Builder:
 
         def channels(block: Any, down: Any, right: Any) -> Any:
             def steps(some: Any) -> Any:
-                return tir.sequence([step(block, down, right, some * abreast, number) for number in range(abreast)])
+                first = some * self.unrolled
+                return tir.sequence([step(block, down, right, first, number) for number in range(self.unrolled)])
 
-            count: Any = self.lanes // abreast
-            # Lanes after the last channel hold anything. In int8 they meet weights of 0, and may be read along.
-            if self.inputs % self.lanes and abreast == 1:
+            count: Any = self.lanes // self.unrolled
+            # Lanes after the last channel hold anything. Where several are loaded, they meet weights of 0: in int8 they
+            # may be anything, and of float16 they were cleared.
+            if self.inputs % self.lanes and self.unrolled == 1:
                 count = self.inputs if total == 1 else tirx.min(tir.index(count), self.inputs - block * count)
             return tir.loop(count, steps, name="ic")
 
-        count: Any = min(length, total)
-        high: Any = self.sliding.kernel[0]
-        ragged = total % count > 0
-        if (
-            self.products.rows > 1
-        ):  # short loops of few instructions LLVM unrolls, and keeps their weights for all tiles
-            if count > 1:
-                count = tir.unknown(count)
-            elif high > 1:
-                high = tir.unknown(high)
-        if ragged:
-            count = tirx.min(tir.index(length), total - chain * length)
+        count, rows = self._lengths(group, part_of)
 
         def taps(number: Any) -> Any:
-            block, wide = chain * length + number, self.sliding.kernel[1]
-            return tir.loop(
-                high, lambda down: tir.loop(wide, lambda right: channels(block, down, right), name="kw"), name="kh"
-            )
+            block = group * length + number
+
+            def row(down: Any) -> Any:
+                down = down if parts == 1 else part_of * self.rows + down
+                return tir.loop(wide, lambda right: channels(block, down, right), name="kw")
+
+            return tir.loop(rows, row, name="kh")
 
         return tir.loop(count, taps, name="kb")
 
-    def _source(self, image: Image, place: Any, pixel: int, abreast: int, number: int) -> Any:
+    def _lengths(self, group: Any, part_of: Any) -> tuple[Any, Any]:
+        """Return how many blocks a chain has, and how many rows of the kernel."""
+        length, total, high = self.plan.chain, self.blocks, self.sliding.kernel[0]
+        count: Any = min(length, total)
+        ragged = total % count > 0
+        rows: Any = self.rows
+        # short loops of few instructions LLVM unrolls, and keeps their weights for all tiles
+        if self.products.rows > 1 and count > 1:
+            count = tir.unknown(count)
+        elif self.products.rows > 1 and rows > 1:
+            rows = tir.unknown(rows)
+        if ragged:
+            count = tirx.min(tir.index(length), total - group * length)
+        if high % self.rows:
+            rows = tirx.min(tir.index(rows), high - part_of * self.rows)
+        return count, rows
+
+    def _source(self, image: Image, place: Any, pixel: int, number: int) -> Any:
         """Return the element of a pixel, or those of the pixels from this one on that are multiplied at once.
 
         Two pixels lie at a constant distance: tiles end with the row wherever instructions take two.
         """
         if self.products.rows == 1:
-            return tir.one_of(image.buffer, place, abreast, number)
+            return tir.one_of(image.buffer, place, self.abreast, number)
         if pixel + 1 == self.tiling.columns:  # without a second one; what its sums are is not looked at
             return tirx.Broadcast(image.buffer[place], self.products.rows)
         return image.buffer[tirx.Ramp(place, tir.index(image.pixel(0, 1)), self.products.rows)]

@@ -1,4 +1,4 @@
-"""What a step of a register tile adds to its sums: products of float32, or of a few int8 channels at a time.
+"""What a step of a register tile adds to its sums: products of floats, or of a few int8 channels at a time.
 
 Steps of int8 are multiplied by int8 weights and summed in int32, exactly, whatever the numbers: no instruction is used
 where it might saturate. (x86's ``pmaddubsw`` might: two products of u8 and s8 exceed int16. Two products of a step that
@@ -24,11 +24,11 @@ Weight = Callable[[Any], Any]
 """Place in a panel's row of weights → the element there."""
 
 
-def as_float(element: Any) -> Any:
-    """Return an element as float32; an integer is a step (`ZERO`)."""
+def as_float(element: Any, dtype: str = "float32") -> Any:
+    """Return an element as a float of a type; an integer is a step (`ZERO`), which float32 holds."""
     zero = ZERO.get(str(element.ty.dtype))
     if zero is None:
-        return element
+        return element.astype(dtype)
     whole = element.astype("int32")
     return (whole - tirx.const(zero, "int32") if zero else whole).astype("float32")
 
@@ -39,6 +39,11 @@ class Products(Protocol):
     @property
     def dtype(self) -> str:
         """Element type of the sums."""
+        ...
+
+    @property
+    def total(self) -> str:
+        """Element type in which the sums of several chains are added up."""
         ...
 
     @property
@@ -81,19 +86,27 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class FloatProducts:
-    """Multiply-adds of float32."""
+    """Multiply-adds of floats."""
 
     dtype: str = "float32"
     abreast: int = 1
     rows: int = 1
 
     @property
+    def total(self) -> str:
+        """Always float32."""
+        return "float32"
+
+    @property
     def blank(self) -> Any:
         """Zero."""
-        return tirx.const(0.0, "float32")
+        return tirx.const(0.0, self.dtype)
 
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """See `Products`."""
+        if self.abreast > 1:  # TVM does not vectorize what picks a lane
+            own = tirx.Ramp(tir.index(first), tir.index(1), lanes)
+            return tir.store(held, [own], held[own] + _spread(source, lanes) * weight(own))
 
         def add(lane: Any) -> Any:
             channel = first + lane
@@ -126,6 +139,11 @@ class Dots:
     abreast: int = 1
     rows: int = 1
     element: str = "int32"
+
+    @property
+    def total(self) -> str:
+        """As the sums."""
+        return self.dtype
 
     @property
     def channels(self) -> int:

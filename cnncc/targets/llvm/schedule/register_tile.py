@@ -7,7 +7,7 @@ buffer in registers if it is small and every index into it is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,63 +31,81 @@ class RegisterTile:
         channels: Columns of the tile; whole vectors.
         lanes: Elements of a vector.
         products: What is added up.
-        sums: Of the pixels that are multiplied at once, ``[pixels · channels]``, in the order of the instruction.
-        taken: Of each pixel, ``[channels]``, after `apart`.
+        split: Buffers that share a sum: one after the other takes a product.
+        held: What is added to: for each share, the sums of the pixels that are multiplied at once,
+            ``[pixels · channels]``, in the order of the instruction.
+        sums: Of each pixel, ``[channels]``, whole after `finish`.
     """
 
     pixels: int
     channels: int
     lanes: int
     products: Products = FLOATS
+    split: int = 1
+    held: tuple[Any, ...] = field(init=False)
     sums: tuple[Any, ...] = field(init=False)
-    taken: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the buffers."""
         rows = self.products.rows
-        sums = self._buffers(-(-self.pixels // rows), rows * self.channels)
+        held = self._buffers(self.split * self._shared, rows * self.channels)
+        object.__setattr__(self, "held", held)
+        sums = held[: self.pixels] if rows == 1 else self._buffers(self.pixels, self.channels)
         object.__setattr__(self, "sums", sums)
-        object.__setattr__(self, "taken", sums if rows == 1 else self._buffers(self.pixels, self.channels))
 
     def _buffers(self, count: int, size: int) -> tuple[Any, ...]:
         return tuple(tir.buffer([size], "tile", self.products.dtype, "local") for _ in range(count))
 
     @property
+    def _shared(self) -> int:
+        """Buffers of a share."""
+        return -(-self.pixels // self.products.rows)
+
+    @property
     def buffers(self) -> tuple[Any, ...]:
         """All buffers."""
-        return self.sums if self.products.rows == 1 else (*self.sums, *self.taken)
+        return self.held if self.products.rows == 1 else (*self.held, *self.sums)
 
     def clear(self) -> list[Any]:
         """Return the statements that set every sum to zero."""
         zero = tirx.const(0, self.products.dtype)
         width = self.products.rows * self.channels
-        return self._each(self.sums, width, lambda held, place: tir.store(self.sums[held], [place], zero))
+        return self._each(len(self.held), width, lambda number, place: tir.store(self.held[number], [place], zero))
 
-    def step(self, source: Source, weight: Weight) -> list[Any]:
-        """Return the statements that add one product to every sum."""
+    def step(self, source: Source, weight: Weight, number: int = 0) -> list[Any]:
+        """Return the statements that add one product to every sum; ``number`` says which of several it is."""
+        share = self.held[number % self.split * self._shared :][: self._shared]
         return [
-            self.products.step(held, first, self.lanes, source(number * self.products.rows), weight)
-            for number, held in enumerate(self.sums)
+            self.products.step(held, first, self.lanes, source(at * self.products.rows), weight)
+            for at, held in enumerate(share)
             for first in range(0, self.channels, self.lanes)
         ]
 
-    def apart(self) -> list[Any]:
-        """Return the statements after the last step: they give each pixel its sums."""
+    def finish(self) -> list[Any]:
+        """Return the statements after the last step: shares come together, halves onto halves, pixels apart."""
+        statements, left = [], self.split
+        width = self.products.rows * self.channels
+        while left > 1:
+            left //= 2
+
+            def add(number: int, place: Any, distance: int = left * self._shared) -> Any:
+                held, other = self.held[number], self.held[number + distance]
+                return tir.store(held, [place], held[place] + other[place])
+
+            statements += self._each(left * self._shared, width, add)
         rows = self.products.rows
-        return [
-            statement
-            for number, held in enumerate(self.sums)
-            for statement in self.products.apart(held, self.taken[number * rows :][:rows], self.channels)
-        ]
+        for number, held in enumerate(self.held[: self._shared]):
+            statements += self.products.apart(held, self.sums[number * rows :][:rows], self.channels)
+        return statements
 
     def collect(self, put: Put) -> list[Any]:
         """Return the statements that take every sum out of the tile."""
         return self._each(
-            self.taken, self.channels, lambda pixel, channel: put(pixel, channel, self.taken[pixel][channel])
+            self.pixels, self.channels, lambda pixel, channel: put(pixel, channel, self.sums[pixel][channel])
         )
 
-    def _each(self, buffers: Sequence[Any], width: int, element: Callable[[int, Any], Any]) -> list[Any]:
+    def _each(self, count: int, width: int, element: Callable[[int, Any], Any]) -> list[Any]:
         def vector(number: int, first: int) -> Any:
             return tir.vector(self.lanes, lambda lane: element(number, first + lane))
 
-        return [vector(number, first) for number in range(len(buffers)) for first in range(0, width, self.lanes)]
+        return [vector(number, first) for number in range(count) for first in range(0, width, self.lanes)]
