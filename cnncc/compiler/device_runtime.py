@@ -192,7 +192,7 @@ def _stage(
     )
 
     def compute(folder: Path) -> tuple[dict[str, Any], dict[str, Path], str]:
-        made = folder / file
+        made = folder.resolve() / file  # make runs elsewhere
         _make(compilers, f"{variable}={made}", str(made))
         glibc = oldest_glibc(made)
         size = made.stat().st_size

@@ -20,7 +20,7 @@ from cnncc_runtime.bundle import MANIFEST, REFERENCE, read_bundle, write_bundle
 from cnncc_runtime.digests import canonical_json, digest_bytes
 from tests.cli.harness import DIGITS, apart
 from tests.qemu import board
-from tests.runtime.c_runner import RUNTIMES, Runner
+from tests.runtime.c_runner import RUNTIMES, Runner, small_runner
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,13 @@ def test_an_engine_computes_what_onnx_runtime_computes(
     found = np.load(tmp_path / told["outputs"][0]["file"])
     [wanted] = Reference(read_onnx(bundles[cpu] / REFERENCE)).run({"image": x}).values()
     assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
+
+
+def test_aarch64_runs_on_the_runtime_that_was_compiled_too(bundles: dict[str, Path], tmp_path: Path) -> None:
+    runner = small_runner(tmp_path, "aarch64", "qemu-aarch64", "-cpu", "max", "-L", str(board.EMULATOR.sysroot))
+    for bundle in bundles.values():
+        told = runner(bundle, "--allow-unverified", "--verify", "--threads", "2", "--json").document
+        assert told["verify"] == {"problems": [], "passed": True}
 
 
 def test_an_engine_of_a_newer_cpu_is_refused_before_it_can_die(bundles: dict[str, Path], disk: Path) -> None:

@@ -39,7 +39,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     machine = request.param
     if machine == host_machine():
         require("make", "cc", "c++")
-        compilers = Compilers(machine, ("cc",), ("c++",), "this machine's")
+        compilers = find_compilers(machine, machine)
     else:
         require("make", f"{triple_of(machine)}-g++")
         compilers = gnu_compilers(machine)
@@ -150,6 +150,16 @@ def test_a_compiler_that_refuses_is_quoted(tmp_path: Path) -> None:
         device_runtime(compilers, Cache(tmp_path / "cache"), Silent()).file("cnncc-run")
     assert "main.c:1: error: no" in refused.value.message
     assert not list((tmp_path / "cache").rglob("cnncc-run*"))
+
+
+def test_the_cache_may_be_named_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("make")
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho made >"$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    made = device_runtime(Compilers("arm", (str(compiler),), ("c++",), "a false one"), Cache(Path("cache")), Silent())
+    assert made.file("cnncc-run").read_text() == "made\n"
 
 
 def test_another_compiler_makes_another_runtime() -> None:
