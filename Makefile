@@ -92,7 +92,7 @@ cnncc-run: setup
 	@for runner in $(RUNNERS); do \
 	    machine=$${runner%%:*} compiler=$${runner#*:}; \
 	    folder=$(abspath build/cnncc-run)/$$machine; \
-	    if command -v $$compiler $${compiler/gcc/g++} >/dev/null; then \
+	    if command -v $$compiler >/dev/null && command -v $${compiler/gcc/g++} >/dev/null; then \
 	        $(MAKE) --no-print-directory -C runtime/c PYTHON=$(abspath $(BIN)/python) CC=$$compiler \
 	            CXX=$${compiler/gcc/g++} OUT=$$folder/cnncc-run RUNTIME=$$folder/libtvm_runtime.so \
 	            $$folder/cnncc-run runtime; \
