@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from cnncc.compiler import emulation
-from cnncc.compiler.emulation import EMULATORS, WHEELS, emulator_for, make_runner, qemu_command
+from cnncc.compiler.cache import Cache
+from cnncc.compiler.emulation import EMULATORS, WHEELS, Emulator, emulator_for, make_runner, qemu_command
+from cnncc.compiler.reporting import Silent
 from cnncc_runtime.bundle import TargetRecord
 from cnncc_runtime.errors import DependencyMissing, EngineMismatch
+from tests.runtime.c_runner import require
 
 A72 = TargetRecord("llvm", "board", "aarch64-linux-gnu", "cortex-a72", "aarch64", ("neon",))
 
@@ -18,7 +21,10 @@ A72 = TargetRecord("llvm", "board", "aarch64-linux-gnu", "cortex-a72", "aarch64"
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        (replace(A72, machine="x86_64", cpu="znver4"), "znver4 cannot be emulated, those for aarch64 can"),
+        (
+            replace(A72, machine="x86_64", cpu="znver4"),
+            "znver4 cannot be emulated, those for aarch64, arm",
+        ),
         (replace(A72, gpu="8.7"), "sm87 cannot be emulated"),
     ],
 )
@@ -28,28 +34,49 @@ def test_not_everything_can_be_emulated(target: TargetRecord, words: str) -> Non
     assert words in refused.value.message
 
 
-def test_what_is_missing_is_named_with_the_line_that_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("machine", "library"), [("aarch64", "libstdc++.so.6"), ("arm", "libc.so.6"), ("riscv64", "libc.so.6")]
+)
+def test_what_is_missing_is_named_with_the_line_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, library: str
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(EMULATORS, "aarch64", replace(EMULATORS["aarch64"], sysroot=tmp_path))
+    monkeypatch.setattr(Emulator, "sysroot", tmp_path)
     with pytest.raises(DependencyMissing) as refused:
-        emulator_for(A72)
-    for name in ("qemu-aarch64", "aarch64-linux-gnu-gcc", "make", "libstdc++.so.6"):
+        emulator_for(replace(A72, machine=machine))
+    triple = {"arm": "arm-linux-gnueabihf"}.get(machine, f"{machine}-linux-gnu")
+    for name in (f"qemu-{machine}", f"{triple}-gcc", f"{triple}-g++", "make", library):
         assert name in refused.value.message
-    assert refused.value.hint.startswith("apt-get install make qemu-user gcc-aarch64-linux-gnu")
+    assert refused.value.hint == f"apt-get install qemu-user make g++-{triple}"
+    with pytest.raises(DependencyMissing) as refused:
+        emulator_for(replace(A72, machine=machine), executable=True)
+    assert refused.value.message.startswith(f"qemu-{machine} not found")
+    assert refused.value.hint == "apt-get install qemu-user"
 
 
 def test_missing_wheels_are_named_with_the_line_that_brings_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    require("make", "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++")
     monkeypatch.delenv(WHEELS, raising=False)
     with pytest.raises(DependencyMissing) as refused:
-        make_runner(EMULATORS["aarch64"], tmp_path / "wheels", tmp_path)
-    assert str(tmp_path / "wheels") in refused.value.message
+        make_runner(EMULATORS["aarch64"], tmp_path, Cache(tmp_path / "cache"), Silent())
+    assert str(tmp_path / "cache" / "wheels") in refused.value.message
     assert "pip download --no-deps" in refused.value.hint
     assert "apache-tvm-ffi==" in refused.value.hint
 
 
-def test_a_cpu_that_qemu_does_not_know_is_emulated_by_one_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emulation, "_known_cpus", lambda qemu: frozenset({"cortex-a72", "max"}))
-    assert qemu_command(EMULATORS["aarch64"], A72) == ["qemu-aarch64", "-cpu", "cortex-a72"]
-    assert qemu_command(EMULATORS["aarch64"], replace(A72, cpu="cortex-a78ae"))[-1] == "max"
+def test_qemu_is_told_the_cpu_that_the_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = frozenset({"cortex-a72", "cortex-a76", "cortex-a7", "sifive-u54", "max", "rv64"})
+    monkeypatch.setattr(emulation, "_known_cpus", lambda qemu: known)
+
+    def told(machine: str, **changes: str) -> list[str]:
+        return qemu_command(EMULATORS[machine], replace(A72, machine=machine, **changes))[1:]
+
+    assert told("aarch64") == ["-cpu", "cortex-a72"]
+    assert told("aarch64", cpu="cortex-a78ae") == ["-cpu", "max"]
+    assert told("riscv64", cpu="sifive-p870") == ["-cpu", "rv64"]
+    # by its profile: it has the same features, and `max` has more
+    assert told("aarch64", device="jetson-orin-cpu", cpu="cortex-a78ae") == ["-cpu", "cortex-a76"]
+    assert told("aarch64", device="jetson-orin-cpu", cpu="cortex-a78") == ["-cpu", "max"]
+    assert told("arm", device="cortex-a7", cpu="cortex-a7") == ["-cpu", "cortex-a7"]

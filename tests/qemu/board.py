@@ -1,4 +1,4 @@
-"""Runs engines for AArch64 under `qemu-aarch64`, by ``cnncc-run``, on the libraries of TVM's AArch64 wheels."""
+"""Runs engines for ARM and RISC-V under qemu, by ``cnncc-run``: on TVM's AArch64 wheels, or its compiled runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cnncc.compiler.cache import Cache
 from cnncc.compiler.emulation import EMULATORS, emulator_for, make_runner
+from cnncc.compiler.reporting import Silent
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions, Engine, Profile
 from cnncc.targets.llvm.target import LlvmTarget
@@ -24,7 +26,7 @@ from cnncc_runtime.bundle import TargetRecord, write_bundle
 from cnncc_runtime.errors import DependencyMissing
 from cnncc_runtime.specs import TensorSpec
 from tests.conftest import ROOT
-from tests.runtime.c_runner import Runner
+from tests.runtime.c_runner import RUNTIMES, Runner
 from tests.runtime.engine_files import manifest
 
 WHEELS = ROOT / "build" / "aarch64"
@@ -34,12 +36,14 @@ _OBJDUMP = "aarch64-linux-gnu-objdump"
 _THREADS = "2"
 
 
-def problem() -> str:
-    """Return what is missing here, or an empty text."""
+def problem(machine: str = "aarch64") -> str:
+    """Return what is missing here for a machine, or an empty text."""
     try:
-        emulator_for(TargetRecord("llvm", "", "", "", "aarch64", ()))
+        emulator = emulator_for(TargetRecord("llvm", "", "", "", machine, ()))
     except DependencyMissing as exc:
         return f"{exc.message}: `make aarch64` brings them"
+    if not emulator.platform:
+        return ""
     wheels = [package for package in ("apache_tvm", "apache_tvm_ffi") if not list(WHEELS.glob(f"{package}-*.whl"))]
     missing = [
         *(f"{package}'s wheel in {WHEELS}" for package in wheels),
@@ -48,9 +52,9 @@ def problem() -> str:
     return f"{', '.join(missing)} not found: `make aarch64` brings them" if missing else ""
 
 
-def require() -> None:
+def require(machine: str = "aarch64") -> None:
     """Skip the test where there is no board, but in CI fail it: there, nothing may go untested unnoticed."""
-    if found := problem():
+    if found := problem(machine):
         if os.environ.get("CI"):
             pytest.fail(found)
         pytest.skip(found)
@@ -144,12 +148,13 @@ def build(graph: OnnxGraph, profile: Profile, workdir: Path) -> Engine:
     return LlvmTarget(profile).build(graph, BuildOptions(profile), workdir)
 
 
-def make_board(folder: Path, cpu: str) -> Board:
+def make_board(folder: Path, cpu: str, machine: str = "aarch64") -> Board:
     """Return a board of a CPU by QEMU's name; an empty folder becomes its disk."""
+    emulator = EMULATORS[machine]
     program = folder / "cnncc-run"
     if not program.exists():
-        make_runner(EMULATOR, WHEELS, folder)
-    command = (EMULATOR.qemu, "-cpu", cpu, "-L", str(EMULATOR.sysroot))
+        make_runner(emulator, folder, Cache(RUNTIMES), Silent(), wheels=WHEELS)
+    command = (emulator.qemu, "-cpu", cpu, "-L", str(emulator.sysroot))
     return Board(Runner(program, command, {"CNNCC_TVM_RUNTIME": ""}), folder, cpu)
 
 

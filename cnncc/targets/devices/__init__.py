@@ -8,6 +8,7 @@ here first.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,24 @@ def find_device(name: str) -> Device:
     if name not in files:
         raise unknown("device", name, profile_names())
     return read_device(files[name])
+
+
+def oldest_glibc(name: str, *, foreign: bool = False) -> str:
+    """Return the oldest C library that a device may have (``2.31``); empty where nobody knows.
+
+    Args:
+        name: As `resolve_profile` takes it.
+        foreign: Whether another triple is taken than the device's.
+
+    Raises:
+        UsageError: An unknown device.
+    """
+    if foreign or name in GPUS:
+        return ""
+    if name == HOST:
+        library, version = platform.libc_ver()
+        return version if library == "glibc" else ""
+    return find_device(name).glibc
 
 
 def resolve_profile(
