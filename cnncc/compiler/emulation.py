@@ -7,16 +7,13 @@ device's. How long it takes says nothing. An engine that is an executable needs 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +25,11 @@ from cnncc.compiler.reporting import Reporter
 from cnncc.targets.devices.profile_files import our_devices
 from cnncc_runtime import errors
 from cnncc_runtime.aot_session import AotSession
-from cnncc_runtime.bundle import RUNNER, Bundle, TargetRecord, read_bundle
+from cnncc_runtime.bundle import Bundle, TargetRecord, read_bundle
+from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.errors import CnnccError, DependencyMissing, EngineMismatch, RunFailed
 from cnncc_runtime.golden import Runs
 from cnncc_runtime.specs import Feeds, Tensors
-
-_LIBRARIES = {"apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so", "apache-tvm": "tvm/lib/libtvm_runtime.so"}
-
-WHEELS = "CNNCC_TVM_WHEELS"
-"""Environment variable: a folder that holds the wheels of TVM for other machines."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +40,11 @@ class Emulator:
         machine: As ELF files name it.
         qemu: QEMU's program.
         default: The CPU that QEMU is given where it knows none that is the engine's: one that has it all.
-        platform: What PyPI calls the machine, where it has wheels of TVM for it; else TVM's runtime is compiled.
     """
 
     machine: str
     qemu: str
     default: str
-    platform: str = ""
 
     @property
     def sysroot(self) -> Path:
@@ -74,12 +65,17 @@ class Emulator:
 EMULATORS = {
     one.machine: one
     for one in (
-        Emulator("aarch64", "qemu-aarch64", "max", "manylinux_2_28_aarch64"),
+        Emulator("aarch64", "qemu-aarch64", "max"),
         Emulator("arm", "qemu-arm", "max"),
         Emulator("riscv64", "qemu-riscv64", "rv64"),
     )
 }
 """ELF machine → what emulates it."""
+
+
+def can_emulate(target: TargetRecord) -> bool:
+    """Tell whether engines for a target's machine can be emulated, where what does it is installed."""
+    return not target.gpu and target.machine in EMULATORS and target.machine != host_machine()
 
 
 def emulator_for(target: TargetRecord, *, executable: bool = False) -> Emulator:
@@ -102,7 +98,7 @@ def emulator_for(target: TargetRecord, *, executable: bool = False) -> Emulator:
         )
     tools = (emulator.qemu,) if executable else emulator.tools
     missing = [tool for tool in tools if shutil.which(tool) is None]
-    library = emulator.sysroot / "lib" / ("libstdc++.so.6" if emulator.platform else "libc.so.6")
+    library = emulator.sysroot / "lib" / "libc.so.6"
     missing += [] if executable or library.exists() else [str(library)]
     if missing:
         raise DependencyMissing(
@@ -131,45 +127,19 @@ def _known_cpus(qemu: str) -> frozenset[str]:
     return frozenset(listed.stdout.split())
 
 
-def make_runner(
-    emulator: Emulator, folder: Path, store: Cache, reporter: Reporter, *, wheels: Path | None = None
-) -> Path:
+def make_runner(emulator: Emulator, folder: Path, store: Cache, reporter: Reporter) -> Path:
     """Put ``cnncc-run`` for an emulated machine into a folder, TVM's runtime beside it; return the program.
-
-    TVM's runtime is that of its wheels; where PyPI has none, it is compiled of its sources.
 
     Args:
         emulator: From `emulator_for`.
         folder: An empty folder.
         store: Where what was compiled is kept.
         reporter: Told of what is compiled.
-        wheels: Where TVM's wheels for that machine are; `WHEELS` names the folder, or it is ``wheels`` in the cache.
 
     Raises:
-        DependencyMissing: A wheel is not there.
         BuildFailed: The program or the runtime could not be compiled.
     """
-    compiled = device_runtime(gnu_compilers(emulator.machine), store, reporter)
-    if not emulator.platform:
-        return compiled.put(folder)
-    wheels = wheels or Path(os.environ.get(WHEELS) or store.folder / "wheels")
-    found = {package: _wheel(package, emulator, wheels) for package in _LIBRARIES}
-    if missing := [f"{package}=={version(package)}" for package, wheel in found.items() if wheel is None]:
-        raise DependencyMissing(
-            f"TVM's libraries for {emulator.platform} are not in {wheels}",
-            hint="pip download --no-deps --only-binary=:all: --platform "
-            f"{emulator.platform} --dest {wheels} {' '.join(missing)}",
-        )
-    for name, wheel in found.items():
-        assert wheel is not None
-        with zipfile.ZipFile(wheel) as archive:
-            (folder / Path(_LIBRARIES[name]).name).write_bytes(archive.read(_LIBRARIES[name]))
-    return compiled.put(folder, RUNNER)
-
-
-def _wheel(name: str, emulator: Emulator, wheels: Path) -> Path | None:
-    found = f"{name.replace('-', '_')}-{version(name)}-*{emulator.platform}.whl"
-    return next(iter(sorted(wheels.glob(found))), None)
+    return device_runtime(gnu_compilers(emulator.machine), store, reporter).put(folder)
 
 
 @contextmanager

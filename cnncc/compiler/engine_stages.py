@@ -19,6 +19,7 @@ from cnncc.compiler.cache import Cache
 from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
 from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest
 from cnncc.compiler.device_runtime import DeviceRuntime
+from cnncc.compiler.emulation import can_emulate
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.graph_stages import CLEANED, EXPORTED, preprocessing_of, specs_of
 from cnncc.compiler.kernel_stage import KERNELS, kernel_stage
@@ -547,8 +548,9 @@ def _prove(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> _Proof:
         names += [sample.name for sample in inputs.data.samples]
     away = obstacle(engine.target, engine.record)
     if away is not None:
+        where = "on the device, or here with --emulate" if can_emulate(engine.target) else "on the device"
         job.reporter.note(
-            f"built, not executed here ({away.message}): parity is pending until `cnncc verify` runs on the device"
+            f"built, not executed here ({away.message}): parity is pending until `cnncc verify` runs {where}"
         )
     cleaned = functools.partial(load_trusted, variant.graph.file(CLEANED))
     # an engine in int8 or half precision is to compute what its own graph says; how far that is from the model, the

@@ -12,7 +12,7 @@ from pathlib import Path
 from cnncc.calibration.data import load_data
 from cnncc.compiler.build_worker import build_apart
 from cnncc.compiler.cache import Cache
-from cnncc.compiler.emulation import emulated, emulator_for, make_runner, qemu_command
+from cnncc.compiler.emulation import can_emulate, emulated, emulator_for, make_runner, qemu_command
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.parity import ParityReport
 from cnncc.compiler.remote.address import BoardAddress
@@ -94,8 +94,9 @@ def prove_bundle(
     if emulate and away is None:
         raise UsageError("this machine runs the engine itself", hint="leave out --emulate")
     if away is not None and not emulate:
-        hint = f"{away.hint}; --remote runs it on a board" if not bundle.manifest.target.gpu else away.hint
-        raise type(away)(f"the engine cannot be executed here: {away.message}", hint=hint)
+        raise type(away)(
+            f"the engine cannot be executed here: {away.message}", hint=_elsewhere(bundle.manifest.target, away.hint)
+        )
     if layers and not bundle.has(REFERENCE):
         raise UsageError(
             "comparing layers needs the model, and the bundle was made without it",
@@ -122,6 +123,14 @@ def prove_bundle(
     if manifest.parity == "pending":
         _record(bundle, report, reporter)
     return report
+
+
+def _elsewhere(target: TargetRecord, hint: str) -> str:
+    """Return a hint, and where else an engine can be executed."""
+    if target.gpu:
+        return hint
+    emulated = "--emulate executes it here; " if can_emulate(target) else ""
+    return f"{emulated}--remote runs it on a board; or {hint}"
 
 
 def _emulated(manifest: Manifest, cache: Path, stack: ExitStack, reporter: Reporter) -> Opener:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cnncc.compiler.emulation import WHEELS
 from cnncc.graph.reader import read_onnx
 from cnncc.graph.reference import Reference
 from cnncc.targets.devices import machine_name, our_devices
@@ -83,7 +82,7 @@ def test_an_engine_in_float16_is_proven_under_emulation(tmp_path: Path, weights:
     manifest = read_bundle(bundle).manifest
     assert (manifest.precision, manifest.parity) == ("fp16", "pending")
     assert {layer.precision for layer in manifest.layers} == {"float16"}
-    apart("verify", bundle, "--emulate", env={WHEELS: str(board.WHEELS)})
+    apart("verify", bundle, "--emulate", "--cache-dir", RUNTIMES)
     assert read_bundle(bundle).manifest.parity == "passed"
 
 
@@ -115,10 +114,9 @@ def test_each_cpu_has_the_features_that_arm_gave_it(disk: Path) -> None:
 def test_verify_records_what_emulation_proved(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(WHEELS, str(board.WHEELS))
     for cpu, bundle in bundles.items():
         copy = shutil.copytree(bundle, tmp_path / bundle.name)
-        outcome = apart("verify", copy, "--emulate", "--json")
+        outcome = apart("verify", copy, "--emulate", "--json", "--cache-dir", RUNTIMES)
         assert any(f"under emulation: qemu-aarch64 -cpu {cpu}" in note for note in outcome.document["notes"])
         assert read_bundle(copy).manifest.parity == "passed"
         assert "under emulation" in (copy / "parity.json").read_text()
@@ -128,7 +126,6 @@ def test_verify_records_what_emulation_proved(
 def test_verify_finds_a_wrong_engine_under_emulation(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(WHEELS, str(board.WHEELS))
     whole = read_bundle(bundles["cortex-a72"])
     record = whole.manifest.engine.weights
     assert record is not None
@@ -139,7 +136,7 @@ def test_verify_finds_a_wrong_engine_under_emulation(
     wrong = tmp_path / "wrong.cnncc"
     wrong.mkdir()
     write_bundle(wrong, whole.manifest, {**files, record.file: ("weights", bytes(data))})
-    apart("verify", wrong, "--emulate", code=1)
+    apart("verify", wrong, "--emulate", "--cache-dir", RUNTIMES, code=1)
     assert read_bundle(wrong).manifest.parity == "failed"
 
 

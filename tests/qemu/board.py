@@ -1,4 +1,4 @@
-"""Runs engines for ARM and RISC-V under qemu, by ``cnncc-run``: on TVM's AArch64 wheels, or its compiled runtime."""
+"""Runs engines for ARM and RISC-V under qemu, by ``cnncc-run``; and a board's RPC server, of TVM's AArch64 wheels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +34,7 @@ from tests.runtime.engine_files import manifest
 WHEELS = ROOT / "build" / "aarch64"
 """Where `make aarch64` puts TVM's wheels."""
 EMULATOR = EMULATORS["aarch64"]
+_LIBRARIES = {"apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so", "apache-tvm": "tvm/lib/libtvm_runtime.so"}
 _OBJDUMP = "aarch64-linux-gnu-objdump"
 _THREADS = "2"
 
@@ -39,17 +42,21 @@ _THREADS = "2"
 def problem(machine: str = "aarch64") -> str:
     """Return what is missing here for a machine, or an empty text."""
     try:
-        emulator = emulator_for(TargetRecord("llvm", "", "", "", machine, ()))
+        emulator_for(TargetRecord("llvm", "", "", "", machine, ()))
     except DependencyMissing as exc:
         return f"{exc.message}: `make aarch64` brings them"
-    if not emulator.platform:
+    if machine != "aarch64":
         return ""
-    wheels = [package for package in ("apache_tvm", "apache_tvm_ffi") if not list(WHEELS.glob(f"{package}-*.whl"))]
     missing = [
-        *(f"{package}'s wheel in {WHEELS}" for package in wheels),
+        *(f"{package}'s wheel in {WHEELS}" for package in _LIBRARIES if _wheel(package) is None),
         *([] if shutil.which(_OBJDUMP) else [_OBJDUMP]),
     ]
     return f"{', '.join(missing)} not found: `make aarch64` brings them" if missing else ""
+
+
+def _wheel(package: str) -> Path | None:
+    found = f"{package.replace('-', '_')}-{version(package)}-*manylinux_2_28_aarch64.whl"
+    return next(iter(sorted(WHEELS.glob(found))), None)
 
 
 def require(machine: str = "aarch64") -> None:
@@ -75,7 +82,7 @@ class Board:
 
     Attributes:
         runner: ``cnncc-run`` on it.
-        folder: Holds the runner and TVM's libraries.
+        folder: Holds the runner and TVM's runtime.
         cpu: As QEMU names it.
     """
 
@@ -112,10 +119,16 @@ class Board:
         write_bundle(folder, made, engine.files)
         return folder
 
-    @property
     def libraries(self) -> list[str]:
-        """The files of TVM's libraries."""
-        return [str(self.folder / name) for name in ("libtvm_ffi.so", "libtvm_runtime.so")]
+        """Return the files of TVM's libraries for an RPC server, out of its wheels."""
+        folder = self.folder / "wheels"
+        folder.mkdir(exist_ok=True)
+        for package, name in _LIBRARIES.items():
+            wheel = _wheel(package)
+            assert wheel is not None, package
+            with zipfile.ZipFile(wheel) as archive:
+                (folder / Path(name).name).write_bytes(archive.read(name))
+        return [str(folder / Path(name).name) for name in _LIBRARIES.values()]
 
     def command(self, modalias: str) -> list[str]:
         """Return what runs a program on the board; the board's kernel says ``modalias`` of its CPU."""
@@ -153,7 +166,7 @@ def make_board(folder: Path, cpu: str, machine: str = "aarch64") -> Board:
     emulator = EMULATORS[machine]
     program = folder / "cnncc-run"
     if not program.exists():
-        make_runner(emulator, folder, Cache(RUNTIMES), Silent(), wheels=WHEELS)
+        make_runner(emulator, folder, Cache(RUNTIMES), Silent())
     command = (emulator.qemu, "-cpu", cpu, "-L", str(emulator.sysroot))
     return Board(Runner(program, command, {"CNNCC_TVM_RUNTIME": ""}), folder, cpu)
 
