@@ -62,9 +62,12 @@ $(VENV)/.ready: pyproject.toml runtime/pyproject.toml Makefile
 demo: setup
 	$(BIN)/python examples/digits/demo.py
 
+# A file of tests is one worker's, so that what it makes for all of them is made once
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
+
 test: setup aarch64 tensorrt
-	$(BIN)/pytest -m 'not slow and not zoo and not gpu'
-	$(BIN)/pytest -m 'slow and not zoo and not gpu'
+	$(BIN)/pytest $(WORKERS) -m 'not slow and not zoo and not gpu'
+	$(BIN)/pytest $(WORKERS) -m 'slow and not zoo and not gpu'
 
 # On a machine with an NVIDIA GPU: without one, every test of it fails
 test-gpu: setup
@@ -128,7 +131,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest -q -m 'not slow and not zoo and not gpu'
+	$(BIN)/pytest -q $(WORKERS) -m 'not slow and not zoo and not gpu'
 
 # BENCH passes arguments on: make bench BENCH='resnet18 unet --threads 1 --repeat 3 --output build/peers.json'
 bench: setup $(VENV)/.peers
