@@ -31,6 +31,7 @@ class ArchiveRows:
     labels: NpyRows | None
     title: str
     order: tuple[int, ...]
+    values: bool = False
 
     @property
     def count(self) -> int:
@@ -57,7 +58,7 @@ class ArchiveRows:
                     feeds = {key: array.row(file.fileno(), index) for key, array in self.arrays.items()}
                     found = None if self.labels is None else self.labels.row(file.fileno(), index)[0]
                 self.state.check(self.path)
-                yield Row(name, feeds, None if found is None else label_of(name, np.asarray(found)))
+                yield Row(name, feeds, None if found is None else label_of(name, np.asarray(found), values=self.values))
 
 
 @contextlib.contextmanager
@@ -70,7 +71,9 @@ def _readable(path: Path, state: FileState) -> Iterator[None]:
         raise DataRefused(f"{path} is not a .npz file that can be read: {str(exc) or type(exc).__name__}") from exc
 
 
-def open_archive(path: Path, specs: tuple[TensorSpec, ...], limit: int | None, seed: int) -> ArchiveRows:
+def open_archive(
+    path: Path, specs: tuple[TensorSpec, ...], limit: int | None, seed: int, *, values: bool = False
+) -> ArchiveRows:
     """Read the headers of an archive's arrays, and draw from its rows.
 
     A model's only input is the array ``x``, or one of the input's name; several inputs are arrays of their names.
@@ -81,6 +84,7 @@ def open_archive(path: Path, specs: tuple[TensorSpec, ...], limit: int | None, s
         specs: The inputs, batch size 1.
         limit: Rows at most.
         seed: Of the draw.
+        values: Whether labels are values, for regression.
 
     Raises:
         DataRefused: Damaged, pickled, stored by columns, or not what the model takes.
@@ -95,11 +99,11 @@ def open_archive(path: Path, specs: tuple[TensorSpec, ...], limit: int | None, s
         arrays = {key: NpyRows(file, archive, f"{name}.npy") for key, name in names.items()}
         labelled = "y" in held and "y" not in names.values()
         labels = NpyRows(file, archive, "y.npy") if labelled else None
-    total = check_batch(str(path), {names[key]: array for key, array in arrays.items()}, labels)
+    total = check_batch(str(path), {names[key]: array for key, array in arrays.items()}, labels, values=values)
     for spec in specs:
         _check_rows(path, names[spec.name], arrays[spec.name], spec)
     title = names[specs[0].name] if len(specs) == 1 else "row"
-    return ArchiveRows(path, state, arrays, labels, title, draw(total, limit, seed))
+    return ArchiveRows(path, state, arrays, labels, title, draw(total, limit, seed), values)
 
 
 def _names(path: Path, held: list[str], specs: tuple[TensorSpec, ...]) -> dict[str, str]:

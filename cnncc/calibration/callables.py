@@ -81,6 +81,7 @@ class CallableRows:
     factory: Callable[[], Iterable[Any]]
     specs: tuple[TensorSpec, ...]
     limit: int | None
+    values: bool = False
 
     @property
     def count(self) -> None:
@@ -107,7 +108,7 @@ class CallableRows:
                 if batch is _END:
                     return
                 arrays, labels = self._taken(where, batch)
-            count = check_batch(where, arrays, labels)
+            count = check_batch(where, arrays, labels, values=self.values)
             wanted = count if self.limit is None else min(count, self.limit - seen)
             for index in range(max(start - seen, 0), wanted):
                 yield self._row(f"batch {number} x[{index}]", arrays, labels, index)
@@ -128,13 +129,15 @@ class CallableRows:
         )
 
     def _row(self, name: str, arrays: Tensors, labels: NDArray[Any] | None, index: int) -> Row:
-        label = None if labels is None else label_of(name, np.asarray(labels[index]))
+        label = None if labels is None else label_of(name, np.asarray(labels[index]), values=self.values)
         # copies: a factory may fill the same buffer again
         feeds = {key: np.array(array[index : index + 1], order="C") for key, array in arrays.items()}
         return Row(name, feeds, label)
 
 
-def open_callable(source: str, specs: tuple[TensorSpec, ...], limit: int | None) -> CallableRows:
+def open_callable(
+    source: str, specs: tuple[TensorSpec, ...], limit: int | None, *, values: bool = False
+) -> CallableRows:
     """Import the user's module and find the factory.
 
     It is called without arguments, and yields batches: an array, a dict of arrays by input name, or a pair of one
@@ -145,6 +148,7 @@ def open_callable(source: str, specs: tuple[TensorSpec, ...], limit: int | None)
         source: ``package.module:factory`` or ``file.py:factory``.
         specs: The inputs, batch size 1.
         limit: Rows at most: the first ones.
+        values: Whether labels are values, for regression.
 
     Raises:
         DataRefused: The module cannot be imported, or has no such callable.
@@ -162,7 +166,7 @@ def open_callable(source: str, specs: tuple[TensorSpec, ...], limit: int | None)
             raise TypeError(f"'{name}' is a {type(factory).__name__}, not a function that yields batches")
     file = getattr(module, "__file__", None)
     home = dataclasses.replace(home, file=Path(file) if file else None)
-    return CallableRows(home, _state(home.file), factory, specs, limit)
+    return CallableRows(home, _state(home.file), factory, specs, limit, values)
 
 
 def _state(path: Path | None) -> FileState | None:

@@ -31,6 +31,7 @@ def open_data(
     limit: int | None,
     seed: int = 0,
     skip_bad: bool = False,
+    values: bool = False,
 ) -> DataStream:
     """Find the data and draw from it; samples are read later.
 
@@ -44,6 +45,7 @@ def open_data(
         seed: Of the draw, and of ``random``.
         skip_bad: Whether to leave out images that cannot be decoded and samples with NaN or Inf, and count them. They
             are not replaced by others.
+        values: Whether labels are values ``[N, …]``, for regression, and not classes.
 
     Raises:
         DataRefused: Empty, damaged, or not what the model takes.
@@ -52,13 +54,19 @@ def open_data(
     if limit is not None and limit < 1:
         raise UsageError(f"{limit} samples are too few", hint="ask for one at least")
     specs = tuple(dataclasses.replace(spec, shape=(1, *spec.shape[1:])) for spec in inputs)
-    reader = _reader(source, specs, preprocessing, limit, seed)
+    reader = _reader(source, specs, preprocessing, limit, seed, values=values)
     settings = [dataclasses.asdict(preprocessing) if preprocessing else None, limit, seed]
     return DataStream(source, reader, specs, settings=settings, skip_bad=skip_bad, random=source == RANDOM)
 
 
 def _reader(
-    source: str, specs: tuple[TensorSpec, ...], preprocessing: Preprocessing | None, limit: int | None, seed: int
+    source: str,
+    specs: tuple[TensorSpec, ...],
+    preprocessing: Preprocessing | None,
+    limit: int | None,
+    seed: int,
+    *,
+    values: bool,
 ) -> Source:
     if source == RANDOM:
         if limit is None:
@@ -70,7 +78,7 @@ def _reader(
     except OSError:  # a name too long
         folder = file = False
     if file and path.suffix == ".npz":
-        return open_archive(path, specs, limit, seed)
+        return open_archive(path, specs, limit, seed, values=values)
     if folder or (file and path.suffix.lower() in IMAGE_SUFFIXES):
         if len(specs) != 1:
             raise DataRefused(
@@ -79,7 +87,7 @@ def _reader(
             )
         return find_images(path, specs[0], preprocessing, limit, seed)
     if ":" in source and not file:
-        return open_callable(source, specs, limit)
+        return open_callable(source, specs, limit, values=values)
     raise UsageError(
         f"{source or 'nothing'} is not data that cnncc reads" + ("" if file else ": there is no such file or folder"),
         hint="give a folder of images, a .npz file, package.module:factory, file.py:factory, or random",

@@ -16,7 +16,7 @@ from cnncc_runtime.errors import DataRefused
 from cnncc_runtime.specs import Tensors
 
 Label: TypeAlias = "int | NDArray[Any] | None"
-"""A class index, an integer map of classes ``[H, W]`` (segmentation), or None where the data has no labels."""
+"""A class index, an integer map of classes ``[H, W]`` (segmentation), values (regression), or None for no labels."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,14 @@ def _changed(path: Path, how: str) -> DataRefused:
     )
 
 
-def check_batch(source: str, arrays: Mapping[str, Shaped], labels: Shaped | None) -> int:
+def check_batch(source: str, arrays: Mapping[str, Shaped], labels: Shaped | None, *, values: bool = False) -> int:
     """Return how many rows arrays of inputs, with their labels, have.
+
+    Args:
+        source: What an error calls them.
+        arrays: Of inputs.
+        labels: Of their labels.
+        values: Whether labels are values, for regression, and not classes.
 
     Raises:
         DataRefused: No rows, as many of one array as of another, or labels that are not one to a row.
@@ -159,13 +165,16 @@ def check_batch(source: str, arrays: Mapping[str, Shaped], labels: Shaped | None
         )
     [count] = set(counts.values())
     if labels is not None:
-        _check_labels(source, count, labels)
+        _check_labels(source, count, labels, values=values)
     return count
 
 
-def _check_labels(source: str, count: int, labels: Shaped) -> None:
+def _check_labels(source: str, count: int, labels: Shaped, *, values: bool) -> None:
     rank, kind = len(labels.shape), labels.dtype.kind
-    if not (rank == 1 and kind in "iubf") and not (rank == 3 and kind in "iub"):
+    if values:
+        if not rank or kind not in "iubf":
+            raise DataRefused(f"{source}: y is {labels.dtype}{list(labels.shape)}, not values for each input")
+    elif not (rank == 1 and kind in "iubf") and not (rank == 3 and kind in "iub"):
         raise DataRefused(
             f"{source}: y is {labels.dtype}{list(labels.shape)}, not a class index per input",
             hint="give y as [N], or for segmentation integers [N, H, W]; leave it out where there are no labels",
@@ -174,12 +183,16 @@ def _check_labels(source: str, count: int, labels: Shaped) -> None:
         raise DataRefused(f"{source} holds {count} inputs and {labels.shape[0]} labels")
 
 
-def label_of(name: str, value: NDArray[Any]) -> int | NDArray[Any]:
-    """Return one row of the labels as a class index or a map of them.
+def label_of(name: str, value: NDArray[Any], *, values: bool = False) -> int | NDArray[Any]:
+    """Return one row of the labels as a class index or a map of them; or as it is, where labels are values.
 
     Raises:
-        DataRefused: A fraction or NaN.
+        DataRefused: A fraction instead of a class, or NaN.
     """
+    if values:
+        if not np.isfinite(value).all():
+            raise DataRefused(f"{name}: its label holds NaN or Inf")
+        return np.array(value)
     if value.ndim:
         return np.array(value)
     if value.dtype.kind == "f" and not float(value).is_integer():

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from cnncc.compiler.dependencies import is_users, record_dependencies
-from cnncc.compiler.model_reference import ModelReference
+from cnncc.compiler.model_reference import ModelReference, parse_reference
 from cnncc.compiler.quiet import prints_to_stderr
 from cnncc.compiler.weights import check_data
 from cnncc_runtime.errors import CnnccError, DataRefused, ModelRefused, UsageError
@@ -71,6 +71,24 @@ def build(reference: ModelReference) -> Built:
         labels = _labels(home)
         record.collect_modules("" if reference.path else reference.target.partition(".")[0])
         return Built(module, examples, preprocessing, labels, record.paths())
+
+
+def user_function(text: str) -> Callable[..., Any]:
+    """Return a function of the user's: ``file.py:name`` or ``package.module:name``. It is not called.
+
+    Raises:
+        UsageError: There is none of that name.
+        ModelRefused: Its module fails.
+    """
+    reference = parse_reference(text)
+    if reference.kind not in ("file", "module"):
+        raise UsageError(f"'{text}' names no function", hint="file.py:name, or package.module:name")
+    folder = reference.path.resolve().parent if reference.path else Path.cwd()
+    with _user_code(folder, front=reference.path is not None):
+        found: Callable[..., Any] = _find(_import(reference), reference)
+    if not callable(found):
+        raise UsageError(f"{text} is {_describe(found)}, not a function")
+    return found
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
     CnnccError
     ├── CheckFailed             exit 1   a check said no
     │   ├── ParityFailed                 the engine does not compute what the model computes
-    │   └── BudgetExceeded               a latency, size or accuracy gate was missed
+    │   ├── BudgetExceeded               a latency, size or accuracy gate was missed
+    │   └── TrainingDiverged             a loss became NaN or infinite
     ├── UsageError              exit 2   a flag, an argument or an output path is wrong
     ├── EnvironmentMissing      exit 3   this machine lacks something
     │   ├── DependencyMissing            a Python package or a tool is not installed
@@ -70,6 +71,10 @@ class ParityFailed(CheckFailed):
 
 class BudgetExceeded(CheckFailed):
     """A latency, size or accuracy gate was missed."""
+
+
+class TrainingDiverged(CheckFailed):
+    """A loss became NaN or infinite; the message says in which step."""
 
 
 class UsageError(CnnccError):
