@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from cnncc.compiler.pruned import HEADER, fit_channels
 from cnncc.compiler.quiet import quiet
 from cnncc_runtime.errors import ModelRefused, WeightsRefused
 
@@ -32,7 +33,7 @@ def load_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     """Load a state dict into a module, all of it or nothing.
 
     Args:
-        module: Changed in place.
+        module: Changed in place. Where the file says that channels were pruned, it gets as many as the file has.
         path: ``.safetensors``, or a ``torch.save`` file read with ``weights_only=True``.
 
     Returns:
@@ -44,6 +45,10 @@ def load_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     state, notes = read_state_dict(path)
     state, more = _without_prefix(state, module)
     notes += more
+    if HEADER in read_header(path):
+        pruned = fit_channels(module, state)
+        gone = sum(before - after for before, after in pruned.values())
+        notes.append(f"{path.name} is pruned: {gone} channels fewer in {len(pruned)} layers")
     own = module.state_dict(keep_vars=True)
     _check_keys(state, own, module, path)
     notes += _casts(state, own)
@@ -71,6 +76,24 @@ def read_state_dict(path: Path) -> tuple[StateDict, list[str]]:
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise WeightsRefused(f"{path.name} has no suffix of a weights file", hint="use .safetensors, .pt, .pth or .bin")
     return _unwrap(_read_torch(path), path)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Return what stands in a safetensors file's header beside the tensors; nothing for other files.
+
+    Raises:
+        WeightsRefused: The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: dict[str, str] = file.metadata() or {}
+            return found
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise WeightsRefused(f"{path} is not a safetensors file that can be read: {exc}") from exc
 
 
 def _read_safetensors(path: Path) -> StateDict:

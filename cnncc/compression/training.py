@@ -25,7 +25,7 @@ from cnncc.compression.checkpoint import Checkpoint, read_checkpoint, write_chec
 from cnncc.compression.examples import Batch, Examples
 from cnncc.compression.recipe import PRECISIONS, Recipe, make_optimizer, make_schedule
 from cnncc.compression.task import Task, check_targets, first_output
-from cnncc_runtime.errors import DataRefused, ModelRefused, TrainingDiverged
+from cnncc_runtime.errors import DataRefused, DependencyMissing, ModelRefused, TrainingDiverged
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -111,14 +111,17 @@ def fit(job: Job, watcher: Watcher) -> Trained:
 
     Raises:
         TrainingDiverged: The loss became NaN or infinite; the checkpoint before it is kept.
+        DependencyMissing: Fabric is not installed.
         DataRefused: Samples and outputs do not go together.
         ModelRefused: The model fails in training.
         UsageError: The recipe makes no sense, or the checkpoint is of another training.
         StorageFailed: The checkpoint cannot be written.
     """
-    from lightning_fabric import Fabric
-
     augment = job.recipe.check()
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as exc:
+        raise DependencyMissing(f"training needs {exc.name}", hint="pip install 'cnncc[train]'") from exc
     _check_data(job)
     fabric = Fabric(accelerator=job.accelerator, devices="auto" if job.accelerator != "cpu" else 1,
                     precision=PRECISIONS[job.recipe.precision])  # type: ignore[arg-type]  # fmt: skip

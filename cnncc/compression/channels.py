@@ -1,0 +1,190 @@
+"""Structured pruning: which channels must go together, and taking them out.
+
+Dependencies are `torch_pruning`'s (Fang et al., *DepGraph: Towards Any Structural Pruning*, CVPR 2023): what is added
+to, multiplied with, concatenated with or grouped with a channel goes with it. What to take is decided here: the
+channels whose worth is least for what they cost.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnncc_runtime.errors import DependencyMissing, ModelRefused
+
+Importance = Callable[[Any], "torch.Tensor | None"]
+"""A group of `torch_pruning` → what each of its channels is worth; None where nothing of it has weights."""
+
+_MOST_GROUPS = 100_000
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Channels that are tied together, in the same number.
+
+    Attributes:
+        layer: Path of the layer that they come out of, one of them.
+        layers: Paths of all layers that make or read them: path → whether it makes them.
+        units: How many; a unit is one channel, or one in each group of grouped convolutions.
+        groups: Channels of a unit.
+    """
+
+    layer: str
+    layers: Mapping[str, bool]
+    units: int
+    groups: int
+
+
+class Channels:
+    """The channels of a model, as they depend on one another.
+
+    Args:
+        model: In eval mode; pruned in place.
+        examples: Inputs that it is traced with, batch size 1 or more.
+
+    Raises:
+        ModelRefused: It cannot be traced.
+        DependencyMissing: `torch_pruning` is not installed.
+    """
+
+    def __init__(self, model: nn.Module, examples: tuple[torch.Tensor, ...]) -> None:
+        try:
+            import torch_pruning
+        except ImportError as exc:
+            raise DependencyMissing(
+                "structured pruning needs torch-pruning", hint="pip install 'cnncc[train]'"
+            ) from exc
+        self._model, self._examples = model, examples
+        self._names = {module: name for name, module in model.named_modules()}
+        self._pruning = torch_pruning
+        self._trace()
+        self._first = {bundle.layer: bundle.units for bundle, _ in self._bundles()}
+
+    def bundles(self) -> tuple[Bundle, ...]:
+        """Return what may be pruned: not the model's outputs, nor what no layer makes."""
+        return tuple(bundle for bundle, _ in self._bundles())
+
+    @property
+    def total(self) -> int:
+        """Units that there were before anything was pruned."""
+        return sum(self._first.values())
+
+    def prune(
+        self,
+        share: float,
+        importance: Importance,
+        *,
+        cost: Callable[[Bundle], float] = lambda _: 1.0,
+        multiple: int = 8,
+        most: float = 0.9,
+    ) -> dict[str, int]:
+        """Take channels out, so that a share of those that there were at first is gone.
+
+        Args:
+            share: 0 to 1, of `total`.
+            importance: What channels are worth.
+            cost: What a unit of a bundle costs; the least worth for its cost goes first.
+            multiple: What is left of a bundle is a multiple of this, rounded up; bundles of fewer are left alone.
+            most: Share of a bundle that may go.
+
+        Returns:
+            Layer → channels that went.
+
+        Raises:
+            ModelRefused: The model does not run any more; the layer that fails is named.
+        """
+        ranked: list[tuple[float, int, int]] = []
+        found = list(self._bundles())
+        for number, (bundle, group) in enumerate(found):
+            worth = importance(group)
+            if worth is None:
+                continue
+            worth = worth.detach().float().cpu().view(bundle.groups, -1).mean(0)
+            price = max(cost(bundle), 1e-12)
+            ranked += [(float(value) / price, number, unit) for unit, value in enumerate(worth)]
+        ranked.sort()
+        wanted = round(share * self.total) - (self.total - sum(bundle.units for bundle, _ in found))
+        taken: dict[int, list[int]] = {}
+        room = {number: self._room(bundle, most, multiple) for number, (bundle, _) in enumerate(found)}
+        for _, number, unit in ranked:
+            if wanted <= 0:
+                break
+            if room[number]:
+                room[number] -= 1
+                wanted -= 1
+                taken.setdefault(number, []).append(unit)
+        gone: dict[str, int] = {}
+        for number, units in taken.items():
+            bundle = found[number][0]
+            left = math.ceil((bundle.units - len(units)) / multiple) * multiple
+            units = units[: bundle.units - left]
+            if units:
+                self._take(bundle, units)
+                gone[bundle.layer] = len(units) * bundle.groups
+        if gone:
+            self._check(gone)
+            self._trace()
+        return gone
+
+    def _room(self, bundle: Bundle, most: float, multiple: int) -> int:
+        least = max(multiple, math.ceil(self._first.get(bundle.layer, bundle.units) * (1 - most)))
+        return max(0, bundle.units - least)
+
+    def _take(self, bundle: Bundle, units: Sequence[int]) -> None:
+        layer = self._model.get_submodule(bundle.layer)
+        indices = [unit + group * bundle.units for group in range(bundle.groups) for unit in units]
+        pruner = self._graph.get_pruner_of_module(layer)
+        self._graph.get_pruning_group(layer, pruner.prune_out_channels, sorted(indices)).prune()
+
+    def _trace(self) -> None:
+        self._model.eval()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._graph = self._pruning.DependencyGraph().build_dependency(self._model, self._examples)
+        except Exception as exc:  # the model's code and the tracer may raise anything
+            reason = (str(exc).splitlines() or [""])[0][:200]
+            raise ModelRefused(
+                f"the model cannot be traced for pruning: {type(exc).__name__}: {reason}",
+                hint="--method unstructured or 2:4 needs no trace",
+            ) from exc
+
+    def _bundles(self) -> Iterator[tuple[Bundle, Any]]:
+        kinds = [nn.modules.conv._ConvNd, nn.Linear]
+        for group in self._graph.get_all_groups(root_module_types=kinds):
+            layers: dict[str, bool] = {}
+            groups, ends = 1, False
+            for dependency, _ in group:
+                node, module = dependency.target, dependency.target.module
+                ends = ends or not node.outputs
+                if module in self._names and isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                    layers[self._names[module]] = bool(self._graph.is_out_channel_pruning_fn(dependency.handler))
+                groups = max(groups, _groups_of(module))
+            root = group[0].dep.target.module
+            if not ends and root in self._names:
+                channels = int(self._graph.get_out_channels(root))
+                yield Bundle(self._names[root], layers, channels // groups, groups), group
+
+    def _check(self, gone: Mapping[str, int]) -> None:
+        """Run the model: code of the user's that counts on a number of channels fails here, not on a device."""
+        try:
+            with torch.no_grad():
+                self._model(*self._examples)
+        except (RuntimeError, ValueError, IndexError) as exc:
+            raise ModelRefused(
+                f"the model does not run with fewer channels: {(str(exc).splitlines() or [''])[0][:200]}",
+                where=[f"{layer}: {count} channels fewer" for layer, count in gone.items()],
+                hint="does its code name a number of channels, as in view(-1, 64 * 7 * 7)? flatten(1) asks for none",
+            ) from exc
+
+
+def _groups_of(module: Any) -> int:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 1 if module.groups == module.in_channels else module.groups
+    return module.num_groups if isinstance(module, nn.GroupNorm) else 1
