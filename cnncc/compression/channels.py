@@ -162,9 +162,11 @@ class Channels:
             groups, ends = 1, False
             for dependency, _ in group:
                 node, module = dependency.target, dependency.target.module
-                ends = ends or not node.outputs
+                made = bool(self._graph.is_out_channel_pruning_fn(dependency.handler))
+                # what only reads the channels (the trigger of what lies behind it) makes others of its own
+                ends = ends or (made and not node.outputs and self._graph.is_out_channel_pruning_fn(dependency.trigger))
                 if module in self._names and isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-                    layers[self._names[module]] = bool(self._graph.is_out_channel_pruning_fn(dependency.handler))
+                    layers[self._names[module]] = made
                 groups = max(groups, _groups_of(module))
             root = group[0].dep.target.module
             if not ends and root in self._names:

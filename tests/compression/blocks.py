@@ -89,7 +89,19 @@ class Segmenter(nn.Module):
         return nn.functional.interpolate(made, scale_factor=2.0)
 
 
-NETWORKS: tuple[type[nn.Module], ...] = (Residual, Bottleneck, Dense, Grouped, Segmenter)
+class Plain(nn.Module):
+    """The last layer is a convolution, and nothing comes after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv(3, 24)
+        self.last = nn.Conv2d(24, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.stem(x))  # type: ignore[no-any-return]
+
+
+NETWORKS: tuple[type[nn.Module], ...] = (Residual, Bottleneck, Dense, Grouped, Segmenter, Plain)
 
 
 def build(kind: type[nn.Module], seed: int = 0) -> nn.Module:
