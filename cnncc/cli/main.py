@@ -19,6 +19,7 @@ from cnncc_runtime.errors import CnnccError, EnvironmentMissing, Interrupted, Us
 COMMANDS = {
     "compile": "Compile a model into verified engine bundles (the main job).",
     "train": "Train a model on labelled data.",
+    "prune": "Take channels or weights out of a model, and fine-tune it.",
     "export": "Export a model to clean ONNX.",
     "calibrate": "Find a model's int8 scales on your data.",
     "quantize": "Write a model as int8 Q/DQ ONNX, by a calibration table.",

@@ -158,7 +158,7 @@ def measure(bundles: Mapping[str, Path], feeds: Feeds, modules: Mapping[str, str
     cpu = report.ratios[0].basis == "cpu"
     times = {one.name: (one.device or (one.cpu if cpu else one.wall)).p50 for one in report.subjects}
     contenders = [Contender(name, seconds, ratios.get(name)) for name, seconds in times.items()]
-    profiles = {name: _profile(name, bundles[name], feeds) for name in (FP32, INT8)}
+    profiles = {name: kernel_times(bundles[name], feeds) for name in (FP32, INT8)}
     layers = layer_times(profiles[FP32], profiles[INT8], modules)
     return decided(MEASURED, gpu.name if gpu else host_cpu().model, THREADS, contenders, layers)
 
@@ -219,8 +219,27 @@ class KernelTimes:
     layers: tuple[LayerRecord, ...]
     seconds: tuple[float, ...]
 
+    def by_node(self) -> dict[str, float]:
+        """Return convolution's or product's ONNX node → its seconds; a kernel of several is shared out evenly."""
+        found: dict[str, float] = {}
+        for layer, seconds in zip(self.layers, self.seconds, strict=True):
+            products = [node for node, op in zip(layer.nodes, layer.ops, strict=True) if op in PRODUCTS]
+            for node in products:
+                found[node] = found.get(node, 0.0) + seconds / len(products)
+        return found
 
-def _profile(name: str, bundle: Path, feeds: Feeds) -> KernelTimes:
+
+def kernel_times(bundle: Path, feeds: Feeds) -> KernelTimes:
+    """Return what each kernel of an engine takes, with a clock around each: the median of several runs.
+
+    Args:
+        bundle: Whose engine; its parity need not be proven.
+        feeds: One batch of inputs.
+
+    Raises:
+        RunFailed: The engine crashed, hung or ran out of memory.
+    """
+    name = "profile"
     with tempfile.TemporaryDirectory(prefix="cnncc-payoff-") as folder:
         inputs, home = Path(folder) / "feeds.npz", Path(folder) / "worker"
         home.mkdir()
@@ -240,19 +259,9 @@ def layer_times(fp32: KernelTimes, int8: KernelTimes, modules: Mapping[str, str]
 
     A layer of several kernels takes the sum of them; a kernel of several layers is shared out evenly.
     """
-    floats, steps = _by_node(fp32), _by_node(int8)
+    floats, steps = fp32.by_node(), int8.by_node()
     return tuple(
         LayerTime(modules.get(node, node), node, floats[node], seconds)
         for node, seconds in steps.items()
         if node in floats
     )
-
-
-def _by_node(profile: KernelTimes) -> dict[str, float]:
-    """Return product's node → its seconds."""
-    found: dict[str, float] = {}
-    for layer, seconds in zip(profile.layers, profile.seconds, strict=True):
-        products = [node for node, op in zip(layer.nodes, layer.ops, strict=True) if op in PRODUCTS]
-        for node in products:
-            found[node] = found.get(node, 0.0) + seconds / len(products)
-    return found

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
-import cnncc
 from cnncc.calibration.data import open_data
 from cnncc.compiler.factory import user_function
 from cnncc.compiler.ingest import Model, ingest
@@ -19,8 +15,9 @@ from cnncc.compression.examples import Examples
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import REGRESSION, TASKS, Task, task_of
 from cnncc.compression.training import Job, Trained, Watcher, fit
+from cnncc.compression.weights_file import check_output, is_pruned, save_weights
 from cnncc_runtime.errors import ModelRefused, UsageError
-from cnncc_runtime.files import atomic_file, storage_errors
+from cnncc_runtime.files import storage_errors
 from cnncc_runtime.preprocess import Preprocessing
 
 
@@ -103,8 +100,6 @@ def open_material(model: Model, material: Material, recipe: Recipe) -> Opened:
 
 
 def _with_hooks(task: Task, material: Material) -> Task:
-    from dataclasses import replace
-
     if material.loss:
         task = replace(task, loss=user_function(material.loss))
     if material.metric:
@@ -165,7 +160,12 @@ def train(
         workers=workers,
     )
     trained = fit(job, watcher)
-    save_weights(module, output, {"metric": opened.task.text(trained.best)} if opened.validation else {})
+    save_weights(
+        module,
+        output,
+        {"metric": opened.task.text(trained.best)} if opened.validation else {},
+        pruned=is_pruned(request.weights),
+    )
     checkpoint.unlink(missing_ok=True)
     return trained, opened.task
 
@@ -173,43 +173,3 @@ def train(
 def checkpoint_of(output: Path) -> Path:
     """Return where the checkpoint of a training lies that makes a file."""
     return output.with_name(f"{output.name}.checkpoint")
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output before any work.
-
-    Raises:
-        UsageError: It is a folder, or no safetensors file.
-        StorageFailed: Its folder does not exist.
-    """
-    if output.suffix != ".safetensors" or output.is_dir():
-        raise UsageError(f"{output} is no safetensors file", hint="-o model.safetensors")
-    with storage_errors(output):
-        output.parent.stat()
-
-
-def save_weights(module: nn.Module, path: Path, notes: Mapping[str, str]) -> None:
-    """Write a module's state dict, whole or not at all.
-
-    Tensors that share memory (tied weights) are written once, as `cnncc.compiler.weights` reads them.
-
-    Args:
-        module: Whose.
-        path: ``.safetensors``.
-        notes: Kept in the file's header.
-
-    Raises:
-        StorageFailed: It cannot be written.
-    """
-    from safetensors.torch import save_file
-
-    seen: set[tuple[int, Any]] = set()
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        state[name] = tensor.detach().cpu().contiguous()
-    with atomic_file(path) as partial:
-        save_file(state, partial, {"cnncc": cnncc.__version__, **notes})

@@ -75,6 +75,21 @@ def digits(tmp_path_factory: pytest.TempPathFactory, weights: Path, _own_cache: 
     return Digits(f"{DIGITS}:build", weights, bundle, outcome.stderr)
 
 
+@pytest.fixture(scope="session")
+def digit_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits with labels: ``train.npz`` and ``held.npz``."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    found = load_digits()
+    x = np.repeat(found.images[:, None].repeat(3, 2).repeat(3, 3), 3, 1)[:, :, :24, :24].astype(np.float32) / 8 - 1
+    x = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1.0)
+    order = np.random.default_rng(0).permutation(len(x))
+    for name, rows in (("train", order[:400]), ("held", order[1437:])):
+        np.savez(folder / f"{name}.npz", x=x[rows], y=found.target[rows])
+    return folder
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """A small grey picture."""

@@ -18,29 +18,14 @@ from tests.cli.harness import DIGITS, call, start
 MODEL = f"{DIGITS}:build"
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits with labels: ``train.npz`` and ``held.npz``."""
-    from sklearn.datasets import load_digits
-
-    folder = tmp_path_factory.mktemp("digits")
-    found = load_digits()
-    x = np.repeat(found.images[:, None].repeat(3, 2).repeat(3, 3), 3, 1)[:, :, :24, :24].astype(np.float32) / 8 - 1
-    x = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1.0)
-    order = np.random.default_rng(0).permutation(len(x))
-    for name, rows in (("train", order[:400]), ("held", order[1437:])):
-        np.savez(folder / f"{name}.npz", x=x[rows], y=found.target[rows])
-    return folder
-
-
 def weights(path: Path) -> dict[str, NDArray[np.float32]]:
     """Return what a file holds."""
     return {name: tensor.numpy() for name, tensor in load_file(path).items()}
 
 
-def test_a_model_is_trained_and_its_weights_compile(data: Path, tmp_path: Path) -> None:
+def test_a_model_is_trained_and_its_weights_compile(digit_data: Path, tmp_path: Path) -> None:
     path = tmp_path / "digits.safetensors"
-    made = call("train", MODEL, "--data", data / "train.npz", "--val", data / "held.npz", "--epochs", "4",
+    made = call("train", MODEL, "--data", digit_data / "train.npz", "--val", digit_data / "held.npz", "--epochs", "4",
                 "--augment", "shift:1", "-o", path, "--json")  # fmt: skip
     assert made.document["best"] > 0.8
     assert made.document["best"] == max(each["metric"] for each in made.document["history"])
@@ -54,9 +39,20 @@ def test_a_model_is_trained_and_its_weights_compile(data: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(data: Path, tmp_path: Path) -> None:
+def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(digit_data: Path, tmp_path: Path) -> None:
     def arguments(name: str) -> tuple[str | Path, ...]:
-        return ("train", MODEL, "--data", data / "train.npz", "--epochs", "6", "--ema", "0.9", "-o", tmp_path / name)
+        return (
+            "train",
+            MODEL,
+            "--data",
+            digit_data / "train.npz",
+            "--epochs",
+            "6",
+            "--ema",
+            "0.9",
+            "-o",
+            tmp_path / name,
+        )
 
     call(*arguments("whole.safetensors"))
     cut = tmp_path / "cut.safetensors"
@@ -79,7 +75,7 @@ def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_weights(data:
     assert not checkpoint.exists()
 
 
-def test_the_users_own_loss_and_metric_are_taken(data: Path, tmp_path: Path) -> None:
+def test_the_users_own_loss_and_metric_are_taken(digit_data: Path, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import torch, torchmetrics\n"
         "def loss(outputs, targets):\n"
@@ -95,15 +91,15 @@ def test_the_users_own_loss_and_metric_are_taken(data: Path, tmp_path: Path) -> 
         "        return self.wrong\n"
     )
     own = tmp_path / "own.py"
-    made = call("train", MODEL, "--data", data / "train.npz", "--val", data / "held.npz", "--epochs", "2", "--loss",
+    made = call("train", MODEL, "--data", digit_data / "train.npz", "--val", digit_data / "held.npz", "--epochs", "2", "--loss",
                 f"{own}:loss", "--metric", f"{own}:Wrong", "-o", tmp_path / "w.safetensors", "--json")  # fmt: skip
     assert made.document["metric"] == "Wrong"
     assert made.document["best"] == min(each["metric"] for each in made.document["history"])
     assert made.document["best"] == int(made.document["best"])
 
 
-def test_logs_for_tensorboard_are_written(data: Path, tmp_path: Path) -> None:
-    call("train", MODEL, "--data", data / "held.npz", "--epochs", "1", "--log", tmp_path / "log", "-o",
+def test_logs_for_tensorboard_are_written(digit_data: Path, tmp_path: Path) -> None:
+    call("train", MODEL, "--data", digit_data / "held.npz", "--epochs", "1", "--log", tmp_path / "log", "-o",
          tmp_path / "w.safetensors", "-q")  # fmt: skip
     assert list((tmp_path / "log").glob("events.out.tfevents.*"))
 
@@ -123,17 +119,17 @@ def test_logs_for_tensorboard_are_written(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_trained_is_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, said: str
+    digit_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.savez("plain.npz", x=np.zeros((4, 3, 28, 28), np.float32))
-    told = call("train", MODEL, *(each.format(train=data / "train.npz", plain="plain.npz") for each in arguments),
+    told = call("train", MODEL, *(each.format(train=digit_data / "train.npz", plain="plain.npz") for each in arguments),
                 code=code)  # fmt: skip
     assert said in told.stderr
     assert not (tmp_path / "build.safetensors").exists()
 
 
-def test_a_graph_is_refused(tmp_path: Path, data: Path) -> None:
+def test_a_graph_is_refused(tmp_path: Path, digit_data: Path) -> None:
     call("export", MODEL, "-o", tmp_path / "digits.onnx")
-    told = call("train", tmp_path / "digits.onnx", "--data", data / "train.npz", code=2)
+    told = call("train", tmp_path / "digits.onnx", "--data", digit_data / "train.npz", code=2)
     assert "cannot be trained" in told.stderr

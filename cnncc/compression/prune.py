@@ -1,0 +1,328 @@
+"""`prune()`: fewer channels, or zeros among the weights, a share at a time, with fine-tuning in between.
+
+    structured     channels go, and what is tied to them: every engine does less work
+    unstructured   the smallest weights become zero: files pack better, dense engines gain nothing
+    2:4            two of every four weights become zero: for the sparse tensor cores of NVIDIA's GPUs
+
+With a target, channels cost what its engine takes for them, measured layer by layer; with a budget of latency, the
+share is the smallest that meets it.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnncc.compiler.ingest import Model
+from cnncc.compiler.model_reference import ModelRequest
+from cnncc.compression.channels import Bundle, Channels, Importance
+from cnncc.compression.latency import Engines, Measured
+from cnncc.compression.recipe import Recipe
+from cnncc.compression.sparsity import Masks, apply_masks, two_of_four, unstructured, zeros
+from cnncc.compression.train import Material, Opened, open_material, trainable
+from cnncc.compression.training import Job, Objective, Watcher, evaluate, fit
+from cnncc.compression.weights_file import check_output, is_pruned, save_weights
+from cnncc.graph.feeds import random_feeds
+from cnncc_runtime.errors import BudgetExceeded, DependencyMissing, ModelRefused, UsageError
+
+STRUCTURED, UNSTRUCTURED, TWO_OF_FOUR = METHODS = ("structured", "unstructured", "2:4")
+IMPORTANCES = ("magnitude", "batchnorm", "taylor")
+
+_TAYLOR_SAMPLES = 512
+_SEARCH = 6
+"""Engines that are built to find the share that meets a budget: it is then known to 1.5 %."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is pruned.
+
+    Attributes:
+        method: One of `METHODS`.
+        amount: Share of channels, or of weights, that goes; 2:4 is always half. None where ``latency`` says it.
+        steps: How many times a part of it goes, with fine-tuning after each.
+        finetune: Epochs of fine-tuning, all together.
+        importance: One of `IMPORTANCES`, of channels: magnitude of the weights of a group; scale of BatchNorm (Liu et
+            al., *Network Slimming*, 2017); or first-order Taylor (Molchanov et al. 2017): weight times gradient.
+        multiple: Channels that are left are a multiple of this.
+        most: Share of tied channels that may go.
+        latency: Seconds that the engine may take; None for no budget.
+    """
+
+    method: str = STRUCTURED
+    amount: float | None = None
+    steps: int = 1
+    finetune: int = 5
+    importance: str = "magnitude"
+    multiple: int = 8
+    most: float = 0.9
+    latency: float | None = None
+
+    def check(self) -> None:
+        """Refuse what makes no sense, before any work.
+
+        Raises:
+            UsageError: A number is out of its bounds, a name is unknown, or flags contradict one another.
+        """
+        if self.method not in METHODS or self.importance not in IMPORTANCES:
+            raise UsageError(f"there is no method '{self.method}' by '{self.importance}'", hint=", ".join(METHODS))
+        if self.method == TWO_OF_FOUR and self.amount not in (None, 0.5):
+            raise UsageError("2:4 takes half of the weights, neither more nor less", hint="leave --amount out")
+        if self.latency is not None and (self.method != STRUCTURED or self.amount is not None):
+            raise UsageError("--latency says how much of the channels goes", hint="--method structured, no --amount")
+        if self.method != TWO_OF_FOUR and self.latency is None and self.amount is None:
+            raise UsageError("nothing says how much is pruned", hint="--amount 0.5, or --target llvm --latency 4ms")
+        amount = 0.5 if self.amount is None else self.amount
+        if not 0 < amount < 1 or not 0 < self.most < 1:
+            raise UsageError(f"{amount:g} is no share that can be pruned", hint="more than 0 and less than 1: 0.5")
+        if self.steps < 1 or self.finetune < 0 or self.multiple < 1 or not (self.latency is None or self.latency > 0):
+            raise UsageError("steps, multiples and a latency are positive numbers, epochs of fine-tuning not negative")
+
+
+@dataclass(frozen=True)
+class State:
+    """A model between steps.
+
+    Attributes:
+        share: Of channels or weights that is gone.
+        parameters: How many it has, zeros included.
+        zeros: Share of the weights of convolutions and linear layers.
+        metric: On the validation data; NaN without any.
+        engine: What its engine takes; None where no target was named.
+    """
+
+    share: float
+    parameters: int
+    zeros: float
+    metric: float
+    engine: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What came of it.
+
+    Attributes:
+        states: The model before, after each step's pruning and fine-tuning, and as it was written.
+        task: What it is judged by.
+        dense: Layers that 2:4 left alone.
+    """
+
+    states: tuple[State, ...]
+    task: Any
+    dense: tuple[str, ...] = ()
+
+
+def prune(
+    request: ModelRequest,
+    material: Material,
+    pruning: Pruning,
+    recipe: Recipe,
+    output: Path,
+    watcher: Watcher,
+    *,
+    engines: Engines | None = None,
+    objective: Callable[[nn.Module], Objective] | None = None,
+    accelerator: str = "auto",
+    workers: int = 0,
+) -> Pruned:
+    """Prune a model, fine-tune it, and write its weights.
+
+    Args:
+        request: MODEL and its weights.
+        material: What it is fine-tuned and judged on.
+        pruning: What goes.
+        recipe: How it is fine-tuned; its epochs are ``pruning.finetune``.
+        output: ``.safetensors``; of fewer channels than the factory gives, its header says so.
+        watcher: Told how it goes.
+        engines: Measures; needed for a budget of latency, and makes channels cost what they take.
+        objective: Of fine-tuning, made of the model as it was: distils from it.
+        accelerator: As `training.fit` has it.
+        workers: As `training.fit` has it.
+
+    Raises:
+        BudgetExceeded: No share of channels meets the latency; the fastest that was found is written.
+        UsageError: The flags make no sense.
+        ModelRefused: The model cannot be traced, or does not run with fewer channels.
+        As `training.fit`.
+    """
+    pruning.check()
+    check_output(output)
+    recipe = replace(recipe, epochs=max(1, pruning.finetune))
+    recipe.check()
+    if pruning.latency is not None and engines is None:
+        raise UsageError("a budget of latency needs an engine that is measured", hint="add --target llvm")
+    model, module = trainable(request)
+    work = _Work(model, module, open_material(model, material, recipe), pruning, recipe, watcher, engines)
+    work.options = {"accelerator": accelerator, "workers": workers}
+    with tempfile.TemporaryDirectory(prefix="cnncc-prune-") as folder:
+        return work.run(Path(folder), output, is_pruned(request.weights), objective)
+
+
+@dataclass
+class _Work:
+    """A model under the knife."""
+
+    model: Model
+    module: nn.Module
+    data: Opened
+    pruning: Pruning
+    recipe: Recipe
+    watcher: Watcher
+    engines: Engines | None
+    options: dict[str, Any] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+    missed: str = ""
+
+    def run(
+        self, folder: Path, output: Path, was_pruned: bool, objective: Callable[[nn.Module], Objective] | None
+    ) -> Pruned:
+        """Prune, step by step, and write what is left."""
+        structured = self.pruning.method == STRUCTURED
+        teacher = objective(copy.deepcopy(self.module)) if objective else None
+        bundles: dict[str, Path] = {}
+        if self.engines is not None:
+            bundles["before"] = folder / "before.cnncc"
+            self.engines.build(self.module, bundles["before"])
+            self.costs = self.engines.layers(bundles["before"])
+        states = [self._state(0.0)]
+        share = self._share(folder, bundles)
+        channels = Channels(self.module, self._examples()) if structured else None
+        for step in range(1, self.pruning.steps + 1):
+            part = share * step / self.pruning.steps
+            masks = self._cut(channels, part)
+            states.append(self._state(part))
+            if self.pruning.finetune:
+                self._finetune(step, masks, output, teacher)
+                states.append(self._state(part))
+        save_weights(self.module, output, {"pruned": self.pruning.method}, pruned=structured or was_pruned)
+        if self.engines is not None:
+            bundles["after"] = folder / "after.cnncc"
+            self.engines.build(self.module, bundles["after"])
+            found = self.engines.compare(bundles)
+            states[0] = replace(states[0], engine=found["before"])
+            states[-1] = replace(states[-1], engine=found["after"])
+        if self.missed:
+            raise BudgetExceeded(self.missed, where=[str(output)], hint="a smaller model, or int8, may meet it")
+        return Pruned(tuple(states), self.data.task, self.dense)
+
+    def _examples(self) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.from_numpy(array) for array in random_feeds(self.model.inputs, batch=2).values())
+
+    def _state(self, share: float) -> State:
+        metric = float("nan")
+        if self.data.validation is not None:
+            metric = evaluate(self.module, self.data.task, self.data.validation)
+        count = sum(parameter.numel() for parameter in self.module.parameters())
+        return State(share, count, zeros(self.module), metric)
+
+    def _cut(self, channels: Channels | None, share: float) -> Masks:
+        """Take away until a share is gone; return what must stay zero."""
+        if channels is not None:
+            importance = self._importance(self.module)
+            channels.prune(share, importance, cost=self._cost, multiple=self.pruning.multiple, most=self.pruning.most)
+            self.module.zero_grad(set_to_none=True)
+            return {}
+        if self.pruning.method == TWO_OF_FOUR:
+            masks, self.dense = two_of_four(self.module)
+        else:
+            masks = unstructured(self.module, share)
+        apply_masks(self.module, masks)
+        return masks
+
+    def _finetune(self, step: int, masks: Masks, output: Path, teacher: Objective | None) -> None:
+        job = Job(
+            self.module,
+            replace(self.recipe, epochs=max(1, round(self.pruning.finetune / self.pruning.steps))),
+            self.data.task,
+            self.data.train,
+            self.data.validation,
+            objective=teacher,
+            after_step=lambda module: apply_masks(module, masks),
+            identity={"model": self.model.digest, "pruning": f"{self.pruning}, step {step}"},
+            **self.options,
+        )
+        fit(job, self.watcher)
+
+    # ---- what goes
+
+    def _importance(self, module: nn.Module) -> Importance:
+        try:
+            from torch_pruning import importance
+        except ImportError as exc:
+            raise DependencyMissing(
+                "structured pruning needs torch-pruning", hint="pip install 'cnncc[train]'"
+            ) from exc
+        if self.pruning.importance == "taylor":
+            self._gradients(module)
+        kinds = {
+            "batchnorm": importance.BNScaleImportance,
+            "taylor": importance.GroupTaylorImportance,
+            "magnitude": importance.GroupMagnitudeImportance,
+        }
+        norms = nn.modules.batchnorm._BatchNorm
+        if self.pruning.importance == "batchnorm" and not any(isinstance(part, norms) for part in module.modules()):
+            raise ModelRefused(
+                "channels cannot be judged by the scales of BatchNorm: the model has no BatchNorm",
+                hint="--importance magnitude, or taylor",
+            )
+        found: Importance = kinds[self.pruning.importance]()
+        return found
+
+    def _gradients(self, module: nn.Module) -> None:
+        """Leave the gradients of the task's loss on the first samples in a module's parameters."""
+        module.eval()  # statistics of BatchNorm stay
+        module.zero_grad(set_to_none=True)
+        count = min(_TAYLOR_SAMPLES, len(self.data.train))
+        for start in range(0, count, self.recipe.batch):
+            [batch] = self.data.train.__getitems__(range(start, min(start + self.recipe.batch, count)))
+            loss: Any = self.data.task.loss(module(*batch.inputs), batch.targets)
+            loss.backward()
+
+    def _cost(self, bundle: Bundle) -> float:
+        """Return what a unit of a bundle takes in the engine: its part of every layer that makes or reads it."""
+        if not self.costs:
+            return 1.0
+        return sum(self.costs.get(layer, 0.0) for layer in bundle.layers) / bundle.units
+
+    def _share(self, folder: Path, bundles: Mapping[str, Path]) -> float:
+        """Return the share that goes: as asked for, or the smallest whose engine meets the budget."""
+        latency = self.pruning.latency
+        if latency is None:
+            return 0.5 if self.pruning.amount is None else self.pruning.amount
+        assert self.engines is not None
+        if self.engines.compare(bundles)["before"].seconds <= latency:
+            raise UsageError(f"the engine meets {latency * 1e3:g} ms as it is", hint="a smaller --latency, or --amount")
+        low, high, met = 0.0, self.pruning.most, False
+        for number in range(_SEARCH):
+            share = high if number == 0 else (low + high) / 2
+            seconds = self._try(folder / f"try-{number}.cnncc", share)
+            self.watcher.note(f"{share:.1%} of the channels: {seconds * 1e3:.3f} ms")
+            if seconds <= latency:
+                high, met = share, True
+            elif number == 0:
+                self.missed = f"no share of channels takes the engine to {latency * 1e3:g} ms: {seconds * 1e3:.3f} ms"
+                return share
+            else:
+                low = share
+        assert met
+        return high
+
+    def _try(self, bundle: Path, share: float) -> float:
+        """Return what an engine takes with a share of the channels gone; what it computes does not matter."""
+        assert self.engines is not None
+        copied = copy.deepcopy(self.module)
+        channels = Channels(copied, self._examples())
+        channels.prune(
+            share, self._importance(copied), cost=self._cost, multiple=self.pruning.multiple, most=self.pruning.most
+        )
+        self.engines.build(copied, bundle)
+        return self.engines.compare({"variant": bundle})["variant"].seconds
