@@ -21,6 +21,10 @@
     │   ├── ExportFailed
     │   ├── BuildFailed
     │   └── RunFailed
+    ├── NetworkFailed           exit 20  a registry could not be reached, or broke
+    │   └── RegistryRefused              it answered, with a refusal
+    │       └── NotInRegistry
+    ├── VerificationFailed      exit 30  what was fetched is not what was named or signed
     └── Interrupted             exit 130 Ctrl-C
 
 An error says what was wrong (``message``), where (``where``: PyTorch modules, ONNX nodes, files) and
@@ -146,6 +150,26 @@ class BuildFailed(ToolchainFailed):
 
 class RunFailed(ToolchainFailed):
     """An engine failed while it ran."""
+
+
+class NetworkFailed(CnnccError):
+    """A registry could not be reached, or broke while it answered; trying later may help."""
+
+    exit_code = 20
+
+
+class RegistryRefused(NetworkFailed):
+    """A registry answered with a refusal: no credentials, no permission, something that it does not take."""
+
+
+class NotInRegistry(RegistryRefused):
+    """A registry has no such repository, tag or digest."""
+
+
+class VerificationFailed(CnnccError):
+    """What was fetched is not what was named, or not what was signed."""
+
+    exit_code = 30
 
 
 class Interrupted(CnnccError):

@@ -1,0 +1,330 @@
+"""Large blobs, either way: in pieces, resumed where they broke off, whole only once their digest is theirs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import requests
+
+from cnncc_runtime.digests import digest_bytes, digest_file
+from cnncc_runtime.errors import NetworkFailed, RegistryRefused, VerificationFailed
+from cnncc_runtime.files import storage_errors, sync
+from cnncc_runtime.oci.formats import Descriptor
+from cnncc_runtime.oci.http import pieces
+from cnncc_runtime.oci.registry import Repository
+
+_PIECE = 1 << 18
+_PART = 16 << 20
+"""Bytes of a request that uploads; smaller blobs go in one."""
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
+_SENT = re.compile(r"(?:bytes=)?0-(\d+)")
+_LONGEST_WAIT = 60.0
+_WINDOW = 60.0
+_SLOWEST = 1024
+"""Bytes a second, over `_WINDOW`: what is slower will not end."""
+
+Progress = Callable[[int], None]
+"""Told of bytes that came or went since it was last told."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a download may go.
+
+    Attributes:
+        rate: Bytes a second; 0 for as fast as they come.
+        clock: Seconds.
+        sleep: Waits.
+        wanted: Asked between pieces; once it says no, the download stops and can be resumed.
+    """
+
+    rate: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    wanted: Callable[[], bool] = lambda: True
+
+
+class Paused(NetworkFailed):
+    """The time to download is over; what came so far is kept."""
+
+
+def download(
+    repository: Repository,
+    blob: Descriptor,
+    part: Path,
+    *,
+    pace: Pace | None = None,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Fetch a blob into a file, which then holds it whole, is flushed to disk, and has the digest.
+
+    What the file held before, of an attempt that broke off, is kept and continued. Memory does not grow with the blob.
+
+    Args:
+        repository: Where it is.
+        blob: Which.
+        part: The file; not named as the finished one, since it may be half.
+        pace: How fast, and until when.
+        progress: Told of bytes.
+
+    Raises:
+        NotInRegistry: There is none.
+        Paused: ``pace`` says so.
+        NetworkFailed: It broke off more often than it may without a byte coming.
+        VerificationFailed: The bytes are others; the file is gone.
+        StorageFailed: The disk is full, or the file cannot be written.
+    """
+    pace = pace or Pace()
+    with storage_errors(part):
+        have = part.stat().st_size if part.exists() else 0
+        if have > blob.size:
+            part.unlink()
+            have = 0
+    failures = 0
+    while have < blob.size:  # a request for what begins at the end is answered wrongly by some registries
+        try:
+            for came in _continue(repository, blob, part, have, pace):
+                have = came if came < have else have
+                progress(came - have)
+                failures = 0 if came > have else failures
+                have = came
+        except (Paused, RegistryRefused):
+            raise
+        except NetworkFailed:
+            failures += 1
+            if failures >= repository.connection.attempts:
+                raise
+            pace.sleep(min(_LONGEST_WAIT, 2.0**failures))
+            with storage_errors(part):
+                have = part.stat().st_size if part.exists() else 0
+    with storage_errors(part):
+        if not blob.size:
+            part.touch()
+        sync(part)
+        right = part.stat().st_size == blob.size and digest_file(part) == blob.digest
+        if not right:
+            part.unlink()
+    if not right:
+        raise VerificationFailed(
+            f"{repository.place.host} gave other bytes for {blob.digest}",
+            where=[str(repository.place)],
+            hint="the registry's copy is damaged, or was tampered with: publish it again",
+        )
+
+
+def _continue(repository: Repository, blob: Descriptor, part: Path, have: int, pace: Pace) -> Iterator[int]:
+    """Ask for the rest of a blob; yield how many bytes the file holds, again and again."""
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with repository.connection.request(
+        "GET", repository.blob_url(blob.digest), scope=repository.pull, headers=headers, good=frozenset({200, 206})
+    ) as response:
+        if response.status_code == 206:
+            said = _RANGE.match(response.headers.get("Content-Range", ""))
+            if said is None or int(said[1]) != have:
+                raise RegistryRefused(f"{repository.place.host} continues a blob elsewhere than asked")
+        else:
+            have = 0  # it knows no ranges
+        limit = _Limit(pace)
+        with storage_errors(part), part.open("r+b" if have else "wb") as file:
+            file.seek(have)
+            for piece in pieces(response, size=_PIECE):
+                wanted = piece[: blob.size - have]
+                file.write(wanted)
+                have += len(wanted)
+                yield have
+                if have == blob.size:
+                    break
+                limit.after(len(piece), repository.place.host)
+    if have < blob.size:
+        raise NetworkFailed(f"{repository.place.host} ended a blob after {have} of {blob.size} bytes")
+
+
+class _Limit:
+    """Holds a download to its pace, and ends one that is too slow ever to end."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._start = self._since = pace.clock()
+        self._came = self._lately = 0
+
+    def after(self, came: int, host: str) -> None:
+        """Account for bytes that came."""
+        pace = self._pace
+        self._came += came
+        self._lately += came
+        now = pace.clock()
+        if now - self._since > _WINDOW:
+            if self._lately < _SLOWEST * (now - self._since):
+                raise NetworkFailed(f"{host} gives less than {_SLOWEST} bytes a second")
+            self._since, self._lately = now, 0
+        if not pace.wanted():
+            raise Paused("downloads are not wanted now", hint="what came so far is kept")
+        if pace.rate and (early := self._start + self._came / pace.rate - now) > 0:
+            pace.sleep(early)
+            self._since += early
+
+
+def upload(
+    repository: Repository, source: Path | bytes, blob: Descriptor, *, progress: Progress = lambda _: None
+) -> bool:
+    """Store a blob, unless it is there.
+
+    Args:
+        repository: Where.
+        source: Its bytes, or the file that holds them.
+        blob: What it is.
+        progress: Told of bytes.
+
+    Returns:
+        Whether anything was sent.
+
+    Raises:
+        VerificationFailed: The source holds other bytes than it is said to.
+        NetworkFailed: It was not stored.
+    """
+    if repository.has_blob(blob.digest):
+        return False
+    _check(source, blob)
+    connection = repository.connection
+    for attempt in range(1, connection.attempts + 1):
+        try:
+            _Upload(repository, source, blob, progress).run()
+        except RegistryRefused:
+            raise
+        except NetworkFailed:
+            if attempt == connection.attempts:
+                raise
+            connection.sleep(min(_LONGEST_WAIT, 2.0**attempt))
+        else:
+            break
+    return True
+
+
+def _check(source: Path | bytes, blob: Descriptor) -> None:
+    """See that a source is what it is said to be, before the registry refuses it after the last byte."""
+    if isinstance(source, bytes):
+        found, size = digest_bytes(source), len(source)
+    else:
+        found, size = digest_file(source), source.stat().st_size
+    if (found, size) != (blob.digest, blob.size):
+        raise VerificationFailed(f"{source if isinstance(source, Path) else 'a blob'} was changed: it is {found}")
+
+
+class _Upload:
+    """One upload session: begun, continued part by part, finished by the digest."""
+
+    def __init__(self, repository: Repository, source: Path | bytes, blob: Descriptor, progress: Progress) -> None:
+        self._repository = repository
+        self._source = source
+        self._blob = blob
+        self._progress = progress
+        self._location = ""
+
+    def run(self) -> None:
+        """Send all of it."""
+        smallest = self._begin()
+        part = max(_PART, smallest)
+        if self._blob.size <= part:
+            self._whole()
+            return
+        sent = 0
+        while sent < self._blob.size:
+            piece = self._piece(sent, part)
+            try:
+                reached = self._patch(sent, piece)
+            except RegistryRefused:
+                if sent:
+                    raise
+                self._begin()  # some take a blob in one request only
+                self._whole()
+                return
+            self._progress(reached - sent)
+            sent = reached
+        self._finish(b"")
+
+    def _begin(self) -> int:
+        """Open a session; return the fewest bytes that a part must have."""
+        url = f"{self._repository.place.url}/blobs/uploads/"
+        with self._ask("POST", url, good=202, again=True) as answer:
+            smallest = answer.headers.get("OCI-Chunk-Min-Length", "")
+            self._follow(answer)
+        return int(smallest) if smallest.isdecimal() else 0
+
+    def _patch(self, sent: int, piece: bytes) -> int:
+        """Send a part; return how many bytes the registry holds then."""
+        end = sent + len(piece)
+        headers = {"Content-Range": f"{sent}-{end - 1}", "Content-Type": "application/octet-stream"}
+        try:
+            with self._ask("PATCH", self._location, good=202, headers=headers, body=lambda: piece) as answer:
+                self._follow(answer)
+                return end
+        except RegistryRefused:
+            raise
+        except NetworkFailed:
+            reached = self._reached()
+            if reached not in (sent, end):
+                raise  # inside a part: registries do not let that session end well, a new one must begin
+            return reached
+
+    def _reached(self) -> int:
+        """Ask how much of it the registry has; −1 where it does not know."""
+        try:
+            with self._ask("GET", self._location, good=204, again=True) as answer:
+                said = _SENT.fullmatch(answer.headers.get("Range", ""))
+                self._follow(answer)
+        except NetworkFailed:
+            return -1
+        # a session without a byte says 0-0, as one with a byte does; parts are larger than a byte
+        return int(said[1]) + 1 if said and said[1] != "0" else 0
+
+    def _whole(self) -> None:
+        if isinstance(self._source, bytes):
+            self._finish(self._source)
+        else:
+            with self._source.open("rb") as file:
+                self._finish(file)
+        self._progress(self._blob.size)
+
+    def _finish(self, body: bytes | BinaryIO) -> None:
+        joint = "&" if "?" in self._location else "?"
+        url = f"{self._location}{joint}digest={self._blob.digest}"
+        headers = {"Content-Type": "application/octet-stream"}
+        with self._ask("PUT", url, good=201, headers=headers, body=lambda: body):
+            pass
+
+    def _piece(self, start: int, size: int) -> bytes:
+        if isinstance(self._source, bytes):
+            return self._source[start : start + size]
+        with self._source.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def _follow(self, answer: requests.Response) -> None:
+        if location := answer.headers.get("Location", ""):
+            self._location = self._repository.on_registry(location)
+
+    def _ask(
+        self,
+        method: str,
+        url: str,
+        *,
+        good: int,
+        headers: Mapping[str, str] | None = None,
+        body: Callable[[], Any] | None = None,
+        again: bool = False,
+    ) -> AbstractContextManager[requests.Response]:
+        return self._repository.connection.request(
+            method,
+            url,
+            scope=self._repository.push,
+            headers=headers,
+            body=body,
+            good=frozenset({good}),
+            again=again,
+        )
