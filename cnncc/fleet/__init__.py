@@ -1,0 +1,5 @@
+"""Publishing to fleets of devices: who may sign what, releases in a registry, and how far each has gone.
+
+keys.py     the keys of each role: in encrypted files, or with whoever keeps them
+signing.py  The Update Framework's metadata of a fleet: made, changed, signed, published
+"""
