@@ -25,6 +25,8 @@
     │   └── RegistryRefused              it answered, with a refusal
     │       └── NotInRegistry
     ├── VerificationFailed      exit 30  what was fetched is not what was named or signed
+    ├── NoArtifact              exit 40  a release has nothing for this device
+    ├── HealthCheckFailed       exit 50  a new engine failed on the device, which went back
     └── Interrupted             exit 130 Ctrl-C
 
 An error says what was wrong (``message``), where (``where``: PyTorch modules, ONNX nodes, files) and
@@ -170,6 +172,18 @@ class VerificationFailed(CnnccError):
     """What was fetched is not what was named, or not what was signed."""
 
     exit_code = 30
+
+
+class NoArtifact(CnnccError):
+    """A release has no engine that this device can run; ``where`` says why not, engine by engine."""
+
+    exit_code = 40
+
+
+class HealthCheckFailed(CnnccError):
+    """A new engine failed on the device; the one before runs."""
+
+    exit_code = 50
 
 
 class Interrupted(CnnccError):

@@ -1,0 +1,232 @@
+"""Publishing: bundles become a release in a registry, and a channel's signature points to it.
+
+Blobs first, then the manifests that name them, then the index, then what says who may be believed, its timestamp last:
+a publisher that dies leaves devices where they were, and one that begins again sends only what is missing. Everything
+has a tag, since registries collect what has none, children of an index included (distribution/distribution #3178).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnncc.fleet.signing import Signing
+from cnncc_runtime.bundle import Bundle, read_bundle
+from cnncc_runtime.digests import digest_bytes
+from cnncc_runtime.errors import NotInRegistry, ParityFailed, UsageError
+from cnncc_runtime.oci.formats import (
+    EMPTY,
+    EMPTY_BYTES,
+    INDEX,
+    MANIFEST,
+    TITLE,
+    Descriptor,
+    Manifest,
+    describe,
+    read_index,
+)
+from cnncc_runtime.oci.registry import Repository
+from cnncc_runtime.oci.transfer import upload
+from cnncc_runtime.releases import (
+    CONFIG,
+    EVIDENCE,
+    FILE,
+    VERSION,
+    device_files,
+    engine_manifest,
+    release_entry,
+    release_index,
+)
+
+UNPROVEN = "dev.cnncc.unproven"
+"""Annotation of an engine that was published without a passed parity check: who allowed it, and its verdict."""
+
+_VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+Progress = Callable[[str, int, int], None]
+"""Told of a file, the bytes of it that went since it was last told, and how many it has."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A release in a registry.
+
+    Attributes:
+        version: As its publisher calls it.
+        digest: Of its index.
+        entries: Its engines.
+        sent: Bytes that were sent: what was there was not.
+        signed: Channel whose signature points to it; empty for none.
+        sequence: Its place in the channel.
+    """
+
+    version: str
+    digest: str
+    entries: tuple[Descriptor, ...]
+    sent: int
+    signed: str = ""
+    sequence: int = 0
+
+
+@dataclass(frozen=True)
+class _Engine:
+    bundle: Bundle
+    manifest: bytes
+    entry: Descriptor
+
+
+def check_bundles(paths: Sequence[Path], *, unproven: Mapping[str, str] | None = None) -> list[Bundle]:
+    """Read bundles and see that each may be published: whole to the last byte, proven, none twice.
+
+    Args:
+        paths: The bundles.
+        unproven: Bundle's folder's name → who allows it to be published without a passed parity check.
+
+    Raises:
+        BundleRefused: One is damaged.
+        ParityFailed: One's parity was not passed.
+        UsageError: None were given, two are for the same device, or they are of several models.
+    """
+    if not paths:
+        raise UsageError("no bundles were given", hint="cnncc publish digits-*.cnncc …")
+    bundles = [read_bundle(path) for path in paths]
+    doubtful = [
+        bundle for bundle in bundles if bundle.manifest.parity != "passed" and bundle.path.name not in (unproven or {})
+    ]
+    if doubtful:
+        raise ParityFailed(
+            "nobody proved that these engines compute what the model computes",
+            where=[f"{bundle.path}: parity {bundle.manifest.parity}" for bundle in doubtful],
+            hint="cnncc verify BUNDLE, on the device or with --emulate; --unproven BUNDLE publishes it and says so",
+        )
+    for bundle in bundles:
+        for name in bundle.manifest.files:
+            bundle.file(name)
+    if len(names := {bundle.manifest.name for bundle in bundles}) > 1:
+        raise UsageError(f"a release is of one model, these are of {len(names)}", where=sorted(names))
+    seen: dict[tuple[str, ...], Path] = {}
+    for bundle in bundles:
+        target = bundle.manifest.target
+        key = (target.machine, target.gpu, *target.features)
+        if key in seen:
+            raise UsageError(
+                f"two engines for {target.device} would be offered to the same devices",
+                where=[str(seen[key]), str(bundle.path)],
+                hint="publish one of them",
+            )
+        seen[key] = bundle.path
+    return bundles
+
+
+def publish(
+    bundles: Sequence[Bundle],
+    repository: Repository,
+    version: str,
+    *,
+    unproven: Mapping[str, str] | None = None,
+    progress: Progress = lambda *_: None,
+) -> Published:
+    """Store a release; no device takes it before a channel's signature points to it (`announce`).
+
+    Args:
+        bundles: From `check_bundles`.
+        repository: Where.
+        version: A name that is not taken by another release.
+        unproven: See `check_bundles`; it is noted in the engine's manifest.
+        progress: Told of what is sent.
+
+    Raises:
+        UsageError: The version is no tag, or is another release's.
+        NetworkFailed: It was not stored; beginning again sends what is missing.
+    """
+    if not _VERSION.fullmatch(version):
+        raise UsageError(f"'{version}' is no version", hint="letters, digits, and . _ - between them, 64 at most")
+    engines = [_engine(bundle, unproven or {}) for bundle in bundles]
+    index = release_index([engine.entry for engine in engines], version).to_bytes()
+    _check_free(repository, version, index)
+    sent = sum(_store(repository, engine, version, progress) for engine in engines)
+    repository.put_manifest(index, INDEX, tag=version)
+    return Published(version, digest_bytes(index), read_index(index).manifests, sent)
+
+
+def announce(
+    signing: Signing, repository: Repository, channel: str, name: str, version: str, custom: Mapping[str, Any]
+) -> Published:
+    """Have a channel's signature point to a release that is stored.
+
+    Args:
+        signing: The fleet's metadata.
+        repository: Where the release is.
+        channel: Which.
+        name: Of the model.
+        version: The release's.
+        custom: What is signed with it, beside its version and its place in the channel.
+
+    Raises:
+        NotInRegistry: There is no such release.
+        VerificationFailed: The fleet's metadata cannot be believed.
+        UsageError: There is no such channel, or its keys are not here.
+        NetworkFailed: It was not published; devices are where they were.
+    """
+    index = repository.manifest(version)
+    signing.load()
+    before = signing.released(channel).get(f"{channel}/{name}")
+    sequence = 1 + int((before.custom or {}).get("sequence", 0) if before is not None else 0)
+    release = {"version": version, "sequence": sequence, "repository": str(repository.place)}
+    signing.release(channel, name, index, {**custom, **release})
+    signing.publish()
+    return Published(version, digest_bytes(index), read_index(index).manifests, 0, channel, sequence)
+
+
+def _engine(bundle: Bundle, unproven: Mapping[str, str]) -> _Engine:
+    allowed = unproven.get(bundle.path.name)
+    notes = {UNPROVEN: f"{bundle.manifest.parity}; allowed by {allowed}"} if allowed else {}
+    data = engine_manifest(bundle.manifest, notes).to_bytes()
+    return _Engine(bundle, data, release_entry(data, bundle.manifest))
+
+
+def _check_free(repository: Repository, version: str, index: bytes) -> None:
+    try:
+        there = repository.manifest(version)
+    except NotInRegistry:
+        return
+    if there != index:
+        raise UsageError(
+            f"{repository.place} has another release {version} already",
+            hint="a version stays what it was when it was published: choose a new one",
+        )
+
+
+def _store(repository: Repository, engine: _Engine, version: str, progress: Progress) -> int:
+    """Store an engine and what is beside it; return how many bytes were sent."""
+    bundle, own = engine.bundle, engine.bundle.manifest.to_bytes()
+    sent = 0
+
+    def put(name: str, source: Path | bytes, blob: Descriptor) -> None:
+        nonlocal sent
+        if upload(repository, source, blob, progress=lambda went: progress(name, went, blob.size)):
+            sent += blob.size
+
+    put("manifest.json", own, describe(own, CONFIG))
+    for name, record in bundle.manifest.files.items():
+        put(name, bundle.path / name, Descriptor(FILE.format(role=record.role), record.sha256, record.size))
+    tag = f"{version}-{engine.entry.digest[7:19]}"
+    repository.put_manifest(engine.manifest, MANIFEST, tag=tag)
+    beside = {
+        name: record for name, record in bundle.manifest.files.items() if name not in device_files(bundle.manifest)
+    }
+    if beside:
+        config = describe(EMPTY_BYTES, EMPTY, inline=True)
+        put("{}", EMPTY_BYTES, config)
+        layers = tuple(
+            Descriptor(FILE.format(role=record.role), record.sha256, record.size, annotations={TITLE: name})
+            for name, record in sorted(beside.items())
+        )
+        subject = Descriptor(MANIFEST, engine.entry.digest, engine.entry.size)
+        data = Manifest(EVIDENCE, config, layers, subject, {VERSION: version}).to_bytes()
+        repository.put_manifest(data, MANIFEST, tag=f"{tag}-evidence")
+        repository.refer(data, describe(data, MANIFEST, artifact_type=EVIDENCE), engine.entry.digest)
+    return sent
