@@ -1,0 +1,127 @@
+"""Whether a release is for this device yet: what its publisher signed of how far it may go."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from cnncc_runtime.errors import VerificationFailed
+from cnncc_runtime.releases import Hardware
+
+_STEPS = 10_000
+"""Of a percent, a hundredth is told apart."""
+_CONDITION = re.compile(r"\s*([a-z][a-z0-9_.-]*)\s*(>=|<=|!=|=|<|>)\s*([A-Za-z0-9_.+-]+)\s*")
+
+
+class Signed(msgspec.Struct, frozen=True):
+    """What is signed with a release.
+
+    Attributes:
+        version: As its publisher calls it.
+        sequence: Its place in the channel: it grows whenever the channel points elsewhere, to an older version too.
+        repository: Where it is; told to people, not followed.
+        percent: Of the devices, how many take it.
+        salt: Chooses which: the same salt chooses the same ones, and more of them with a higher percentage.
+        selector: Conditions that a device must meet, joined by commas.
+        paused: Whether no further device takes it.
+        slowdown: How many times as long as the engine before it may take.
+    """
+
+    version: str
+    sequence: int
+    repository: str = ""
+    percent: float = 100.0
+    salt: str = ""
+    selector: str = ""
+    paused: bool = False
+    slowdown: float = 2.0
+
+
+def read_signed(custom: Mapping[str, Any]) -> Signed:
+    """Return what is signed with a release.
+
+    Raises:
+        VerificationFailed: It is not by the rules.
+    """
+    try:
+        signed = msgspec.convert(dict(custom), Signed)
+    except msgspec.ValidationError as exc:
+        raise VerificationFailed(f"what is signed with the release is not by the rules: {exc}") from exc
+    if not 0 <= signed.percent <= 100 or signed.sequence < 1 or not signed.slowdown > 0:
+        raise VerificationFailed("what is signed with the release is not by the rules: numbers out of bounds")
+    return signed
+
+
+def why_not(signed: Signed, device: str, hardware: Hardware) -> str:
+    """Return why a release is not for a device yet, or an empty text.
+
+    Args:
+        signed: What is signed with it.
+        device: The device's name.
+        hardware: What it is.
+
+    Raises:
+        VerificationFailed: The selector is not by the rules.
+    """
+    if signed.paused:
+        return "its rollout is paused"
+    if signed.selector and not matches(signed.selector, facts_of(device, hardware)):
+        return f"it is for devices with {signed.selector}"
+    place = share_of(signed.salt, device)
+    if place >= signed.percent:
+        return f"it is for {signed.percent:g} % of the devices, and this one comes at {place:.2f} %"
+    return ""
+
+
+def share_of(salt: str, device: str) -> float:
+    """Return the percentage from which on a device takes a release: 0 to 100, evenly spread over devices."""
+    digest = hashlib.sha256(f"{salt}\0{device}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _STEPS * 100 / _STEPS
+
+
+def facts_of(device: str, hardware: Hardware) -> dict[str, str]:
+    """Return what selectors may ask of a device: name → value."""
+    newest = max((gpu.capability for gpu in hardware.gpus), key=_number, default="")
+    return {
+        "device": device,
+        "machine": hardware.machine,
+        "profile": hardware.name,
+        "sm": newest.replace(".", ""),
+        **{f"cpu.{feature}": "yes" for feature in hardware.features},
+    }
+
+
+def matches(selector: str, facts: Mapping[str, str]) -> bool:
+    """Tell whether a device meets all conditions of a selector: ``sm>=87, machine=aarch64, cpu.dotprod=yes``.
+
+    Numbers are compared as numbers; what a device does not have meets only ``!=``.
+
+    Raises:
+        VerificationFailed: The selector is not by the rules.
+    """
+    return all(_meets(condition, facts) for condition in selector.split(","))
+
+
+def _meets(condition: str, facts: Mapping[str, str]) -> bool:
+    parts = _CONDITION.fullmatch(condition)
+    if parts is None:
+        raise VerificationFailed(
+            f"the selector {condition.strip()[:80]!r} is not by the rules: name, = != < > <= >=, value"
+        )
+    name, relation, wanted = parts.groups()
+    found = facts.get(name, "")
+    if relation in ("=", "!="):
+        return (found == wanted) == (relation == "=")
+    try:
+        left, right = _number(found), _number(wanted)
+    except ValueError:
+        return False
+    return {"<": left < right, ">": left > right, "<=": left <= right, ">=": left >= right}[relation]
+
+
+def _number(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
