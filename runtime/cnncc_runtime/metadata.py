@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from cnncc_runtime.errors import VerificationFailed
 from cnncc_runtime.oci.formats import EMPTY, EMPTY_BYTES, MANIFEST, Manifest, describe, read_manifest
-from cnncc_runtime.oci.http import whole
 from cnncc_runtime.oci.registry import Repository
 from cnncc_runtime.oci.transfer import upload
 
@@ -34,11 +33,7 @@ def fetch_metadata(repository: Repository, name: str) -> bytes:
     if manifest.artifact_type != METADATA or len(manifest.layers) != 1:
         raise VerificationFailed(f"{name} is no metadata", where=[f"{repository.place}:{name}"])
     [layer] = manifest.layers
-    if layer.data is not None:
-        return layer.data
-    url = repository.blob_url(layer.digest)
-    with repository.connection.request("GET", url, scope=repository.pull) as response:
-        return whole(response, most=min(layer.size, _LARGEST))
+    return layer.data if layer.data is not None else repository.small_blob(layer, most=_LARGEST)
 
 
 def store_metadata(repository: Repository, name: str, data: bytes) -> None:

@@ -84,6 +84,26 @@ class Repository:
         """
         return self._exists(self.blob_url(digest), {})
 
+    def small_blob(self, blob: Descriptor, *, most: int) -> bytes:
+        """Return a blob's bytes; large ones are for `cnncc_runtime.oci.transfer`.
+
+        Args:
+            blob: Which.
+            most: Bytes that it may have.
+
+        Raises:
+            NotInRegistry: There is none.
+            VerificationFailed: The bytes are others than the digest's, or too many.
+            NetworkFailed: No answer.
+        """
+        with self.connection.request("GET", self.blob_url(blob.digest), scope=self.pull) as response:
+            data = whole(response, most=min(blob.size, most))
+        if digest_bytes(data) != blob.digest:
+            raise VerificationFailed(
+                f"{self.place.host} gave other bytes for {blob.digest}", where=[str(self.place)], hint=_TAMPERED
+            )
+        return data
+
     def put_manifest(self, data: bytes, media_type: str, *, tag: str = "") -> str:
         """Store a manifest or an index, what it lists being there, and return its digest.
 
