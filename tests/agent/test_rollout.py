@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnncc_runtime.agent.rollout import Signed, matches, read_signed, share_of, why_not
+from cnncc_runtime.agent.rollout import ALL, Signed, matches, place_of_device, read_signed, why_not
 from cnncc_runtime.errors import VerificationFailed
 from cnncc_runtime.gpu import HostGpu
 from cnncc_runtime.releases import Hardware
@@ -18,17 +18,17 @@ ORIN = Hardware("aarch64", frozenset({"dotprod", "neon"}), (HostGpu("Orin", "8.7
 PI = Hardware("aarch64", frozenset({"neon"}), (), "raspberry-pi-4")
 
 
-@given(st.text(max_size=20), st.floats(0, 100), st.floats(0, 100))
-def test_a_higher_percentage_takes_back_no_device(device: str, one: float, other: float) -> None:
+@given(st.text(max_size=20), st.integers(0, ALL), st.integers(0, ALL))
+def test_a_larger_share_takes_back_no_device(device: str, one: int, other: int) -> None:
     low, high = sorted((one, other))
-    taken = [not why_not(Signed("1", 1, percent=percent, salt="s"), device, PI) for percent in (low, high)]
+    taken = [not why_not(Signed("1", 1, share=share, salt="s"), device, PI) for share in (low, high)]
     assert taken in ([False, False], [False, True], [True, True])
 
 
 @pytest.mark.parametrize("percent", [1, 10, 50, 90])
 def test_about_so_many_devices_take_it_and_others_with_another_salt(percent: int) -> None:
     names = [f"device-{number}" for number in range(20_000)]
-    first, second = ({name for name in names if share_of(salt, name) < percent} for salt in ("a", "b"))
+    first, second = ({name for name in names if place_of_device(salt, name) < percent * 100} for salt in ("a", "b"))
     for chosen in (first, second):
         # four standard deviations of a fair draw
         assert abs(len(chosen) / 200 - percent) < 4 * (percent * (100 - percent) / 20_000) ** 0.5
@@ -38,8 +38,8 @@ def test_about_so_many_devices_take_it_and_others_with_another_salt(percent: int
 
 def test_none_and_all_are_none_and_all() -> None:
     names = [f"{number}" for number in range(2000)]
-    assert all(why_not(Signed("1", 1, percent=0), name, PI) for name in names)
-    assert not any(why_not(Signed("1", 1, percent=100), name, PI) for name in names)
+    assert all(why_not(Signed("1", 1, share=0), name, PI) for name in names)
+    assert not any(why_not(Signed("1", 1, share=ALL), name, PI) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,10 @@ def test_a_paused_release_is_taken_by_nobody() -> None:
         {"sequence": 0},
         {"sequence": "1"},
         {"sequence": None},
-        {"percent": -1},
-        {"percent": 101},
-        {"percent": "all"},
+        {"share": -1},
+        {"share": ALL + 1},
+        {"share": "all"},
+        {"share": 0.5},
         {"slowdown": 0},
         {"selector": 5},
         {"paused": "no"},
@@ -96,7 +97,7 @@ def test_a_paused_release_is_taken_by_nobody() -> None:
     ],
 )
 def test_what_is_signed_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
-    good = {"version": "1", "sequence": 1, "percent": 10, "more": "of a newer publisher"}
-    assert read_signed(good).percent == 10
+    good = {"version": "1", "sequence": 1, "share": 10, "more": "of a newer publisher"}
+    assert read_signed(good).share == 10
     with pytest.raises(VerificationFailed, match="not by the rules"):
         read_signed({**good, **change})

@@ -194,7 +194,7 @@ def test_an_engine_that_is_much_slower_is_refused(fleet: Fleet) -> None:
     for version in ("1.0.0", "1.1.0"):
         fleet.release(version)
         assert agent.once().changed
-    fleet.release("1.2.0", slowdown=5.0)
+    fleet.release("1.2.0", slowdown=500)
     with pytest.raises(HealthCheckFailed, match="more than 5 times as long"):
         agent.once()
     assert runs(agent) == "1.1.0"
@@ -235,10 +235,10 @@ def test_a_release_without_an_engine_for_this_device_changes_nothing(fleet: Flee
 
 def test_a_release_goes_only_so_far(fleet: Fleet) -> None:
     agents = [fleet.device(f"device-{number}") for number in range(8)]
-    fleet.release("1.0.0", percent=40.0, salt="1.0.0")
+    fleet.release("1.0.0", share=4000, salt="1.0.0")
     first = {agent.root.name for agent in agents if agent.once().changed}
     assert 0 < len(first) < 8
-    fleet.point("1.0.0", percent=100.0, salt="1.0.0")
+    fleet.point("1.0.0", salt="1.0.0")
     assert {agent.root.name for agent in agents if agent.once().changed} == {
         agent.root.name for agent in agents
     } - first
@@ -260,7 +260,7 @@ def test_a_network_that_breaks_is_survived_and_nothing_is_fetched_twice(fleet: F
 def test_what_a_dead_network_left_is_continued(fleet: Fleet) -> None:
     fleet.release("1.0.0")
     agent = fleet.device()
-    left = [5]
+    left = [3]
 
     def wanted() -> bool:
         left[0] -= 1

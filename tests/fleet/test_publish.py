@@ -302,10 +302,10 @@ def test_a_channels_signature_points_to_a_release_and_back_to_an_older_one(
     second = publish(check_bundles(bundles[:1]), repository, "1.1.0")
     assert device.announced("stable/vision") is None
     for sequence, (version, wanted) in enumerate([("1.0.0", first), ("1.1.0", second), ("1.0.0", first)], 1):
-        said = announce(signing, repository, "stable", "vision", version, {"percent": 10})
+        said = announce(signing, repository, "stable", "vision", version, {"share": 10})
         assert (said.sequence, said.digest) == (sequence, wanted.digest)
         found = device.announced("stable/vision")
         assert found is not None
-        assert (found.digest, found.custom["sequence"], found.custom["percent"]) == (wanted.digest, sequence, 10)
+        assert (found.digest, found.custom["sequence"], found.custom["share"]) == (wanted.digest, sequence, 10)
     with pytest.raises(NotInRegistry):
         announce(signing, repository, "stable", "vision", "9.9.9", {})

@@ -12,8 +12,8 @@ import msgspec
 from cnncc_runtime.errors import VerificationFailed
 from cnncc_runtime.releases import Hardware
 
-_STEPS = 10_000
-"""Of a percent, a hundredth is told apart."""
+ALL = 10_000
+"""All devices: what is signed has no fractions (TUF specification, 4.2), so that shares are of ten thousand."""
 _CONDITION = re.compile(r"\s*([a-z][a-z0-9_.-]*)\s*(>=|<=|!=|=|<|>)\s*([A-Za-z0-9_.+-]+)\s*")
 
 
@@ -24,21 +24,21 @@ class Signed(msgspec.Struct, frozen=True):
         version: As its publisher calls it.
         sequence: Its place in the channel: it grows whenever the channel points elsewhere, to an older version too.
         repository: Where it is; told to people, not followed.
-        percent: Of the devices, how many take it.
-        salt: Chooses which: the same salt chooses the same ones, and more of them with a higher percentage.
+        share: Of ten thousand devices, how many take it.
+        salt: Chooses which: the same salt chooses the same ones, and more of them with a larger share.
         selector: Conditions that a device must meet, joined by commas.
         paused: Whether no further device takes it.
-        slowdown: How many times as long as the engine before it may take.
+        slowdown: How long it may take, in percent of what the engine before it takes.
     """
 
     version: str
     sequence: int
     repository: str = ""
-    percent: float = 100.0
+    share: int = ALL
     salt: str = ""
     selector: str = ""
     paused: bool = False
-    slowdown: float = 2.0
+    slowdown: int = 200
 
 
 def read_signed(custom: Mapping[str, Any]) -> Signed:
@@ -51,7 +51,7 @@ def read_signed(custom: Mapping[str, Any]) -> Signed:
         signed = msgspec.convert(dict(custom), Signed)
     except msgspec.ValidationError as exc:
         raise VerificationFailed(f"what is signed with the release is not by the rules: {exc}") from exc
-    if not 0 <= signed.percent <= 100 or signed.sequence < 1 or not signed.slowdown > 0:
+    if not 0 <= signed.share <= ALL or signed.sequence < 1 or signed.slowdown < 1:
         raise VerificationFailed("what is signed with the release is not by the rules: numbers out of bounds")
     return signed
 
@@ -71,16 +71,16 @@ def why_not(signed: Signed, device: str, hardware: Hardware) -> str:
         return "its rollout is paused"
     if signed.selector and not matches(signed.selector, facts_of(device, hardware)):
         return f"it is for devices with {signed.selector}"
-    place = share_of(signed.salt, device)
-    if place >= signed.percent:
-        return f"it is for {signed.percent:g} % of the devices, and this one comes at {place:.2f} %"
+    place = place_of_device(signed.salt, device)
+    if place >= signed.share:
+        return f"it is for {signed.share / 100:g} % of the devices, and this one comes at {place / 100:g} %"
     return ""
 
 
-def share_of(salt: str, device: str) -> float:
-    """Return the percentage from which on a device takes a release: 0 to 100, evenly spread over devices."""
+def place_of_device(salt: str, device: str) -> int:
+    """Return a device's place among ten thousand: it takes a release whose share is larger."""
     digest = hashlib.sha256(f"{salt}\0{device}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % _STEPS * 100 / _STEPS
+    return int.from_bytes(digest[:8], "big") % ALL
 
 
 def facts_of(device: str, hardware: Hardware) -> dict[str, str]:

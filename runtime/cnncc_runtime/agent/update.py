@@ -260,13 +260,13 @@ class Agent:
             hint="install what is missing, or publish a release that this device opens",
         )
 
-    def _trial(self, slot: str, before: str | None, slowdown: float = 2.0) -> Verdict:
+    def _trial(self, slot: str, before: str | None, slowdown: int = 200) -> Verdict:
         """Try a slot's engine, beside the one before where there is one."""
         verdict = self.try_engine(self.root / "slots" / slot / slots.BUNDLE)
         if verdict.problems or before is None or before == slot:
             return verdict
         old = self.try_engine(self.root / "slots" / before / slots.BUNDLE)
-        why = slower(verdict, old, slowdown)
+        why = slower(verdict, old, slowdown / 100)
         return Verdict((why,), verdict.latency, verdict.runs) if why else verdict
 
     def _repositories(self, enrollment: Enrollment) -> tuple[Repository, Repository]:

@@ -121,6 +121,40 @@ class Connection:
         finally:
             response.close()
 
+    def read(
+        self,
+        url: str,
+        *,
+        scope: str,
+        headers: Mapping[str, str] | None = None,
+        most: int = _LARGEST_ANSWER,
+    ) -> tuple[bytes, Mapping[str, str]]:
+        """Return a small answer's body and headers; one that breaks off is asked for again.
+
+        Args:
+            url: Of the registry.
+            scope: See `request`.
+            headers: Beside our own.
+            most: Bytes that the answer may have.
+
+        Raises:
+            NotInRegistry: Status 404.
+            RegistryRefused: Another refusal.
+            VerificationFailed: The answer is larger.
+            NetworkFailed: No answer, however often it was asked.
+        """
+        for attempt in range(1, self.attempts + 1):
+            try:
+                with self.request("GET", url, scope=scope, headers=headers) as response:
+                    return whole(response, most=most), response.headers
+            except RegistryRefused:
+                raise
+            except NetworkFailed:
+                if attempt == self.attempts:
+                    raise
+                self.sleep(_backoff(attempt))
+        raise AssertionError
+
     def _answer(
         self,
         method: str,

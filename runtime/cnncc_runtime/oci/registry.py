@@ -11,7 +11,7 @@ import msgspec
 from cnncc_runtime.digests import digest_bytes
 from cnncc_runtime.errors import NotInRegistry, RegistryRefused, UsageError, VerificationFailed
 from cnncc_runtime.oci.formats import INDEX, LARGEST_MANIFEST, MANIFEST, Descriptor, Index, is_digest, read_index
-from cnncc_runtime.oci.http import Connection, whole
+from cnncc_runtime.oci.http import Connection
 from cnncc_runtime.oci.place import Place
 
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -59,8 +59,7 @@ class Repository:
         """
         url = self._manifest_url(reference)
         accept = {"Accept": f"{MANIFEST}, {INDEX}"}
-        with self.connection.request("GET", url, scope=self.pull, headers=accept) as response:
-            data = whole(response, most=LARGEST_MANIFEST)
+        data, _ = self.connection.read(url, scope=self.pull, headers=accept, most=LARGEST_MANIFEST)
         if is_digest(reference) and digest_bytes(data) != reference:
             raise VerificationFailed(
                 f"{self.place.host} gave other bytes for {reference}", where=[str(self.place)], hint=_TAMPERED
@@ -96,8 +95,7 @@ class Repository:
             VerificationFailed: The bytes are others than the digest's, or too many.
             NetworkFailed: No answer.
         """
-        with self.connection.request("GET", self.blob_url(blob.digest), scope=self.pull) as response:
-            data = whole(response, most=min(blob.size, most))
+        data, _ = self.connection.read(self.blob_url(blob.digest), scope=self.pull, most=min(blob.size, most))
         if digest_bytes(data) != blob.digest:
             raise VerificationFailed(
                 f"{self.place.host} gave other bytes for {blob.digest}", where=[str(self.place)], hint=_TAMPERED
@@ -155,8 +153,8 @@ class Repository:
         """
         url = f"{self.place.url}/referrers/{_digest(subject)}"
         try:
-            with self.connection.request("GET", url, scope=self.pull, headers={"Accept": INDEX}) as response:
-                entries = read_index(whole(response, most=LARGEST_MANIFEST)).manifests
+            data, _ = self.connection.read(url, scope=self.pull, headers={"Accept": INDEX}, most=LARGEST_MANIFEST)
+            entries = read_index(data).manifests
         except NotInRegistry:
             entries = self._fallback_entries(subject)
         return tuple(entry for entry in entries if artifact_type in ("", entry.artifact_type))
@@ -174,15 +172,14 @@ class Repository:
             if url is None:
                 return frozenset(found)
             try:
-                with self.connection.request("GET", url, scope=self.pull) as response:
-                    page, link = whole(response, most=LARGEST_MANIFEST), response.headers.get("Link", "")
+                page, answered = self.connection.read(url, scope=self.pull, most=LARGEST_MANIFEST)
             except NotInRegistry:
                 return frozenset(found)
             try:
                 found.update(msgspec.json.decode(page, type=_Tags).tags or [])
             except (msgspec.DecodeError, UnicodeDecodeError) as exc:
                 raise VerificationFailed(f"{self.place.host} gave no list of tags: {exc}") from exc
-            following = _NEXT.search(link)
+            following = _NEXT.search(answered.get("Link", ""))
             url = self.on_registry(following[1]) if following else None
         raise VerificationFailed(f"{self.place.host} lists tags without end")
 
