@@ -9,6 +9,7 @@ from __future__ import annotations
 from cnncc_runtime.errors import VerificationFailed
 from cnncc_runtime.oci.formats import EMPTY, EMPTY_BYTES, MANIFEST, Manifest, describe, read_manifest
 from cnncc_runtime.oci.registry import Repository
+from cnncc_runtime.oci.source import Source
 from cnncc_runtime.oci.transfer import upload
 
 METADATA = "application/vnd.tuf.metadata+json"
@@ -17,11 +18,11 @@ _INLINE = 1 << 20
 _LARGEST = 16 << 20
 
 
-def fetch_metadata(repository: Repository, name: str) -> bytes:
+def fetch_metadata(source: Source, name: str) -> bytes:
     """Return a file of metadata, which nothing has checked.
 
     Args:
-        repository: Where it is.
+        source: Where it is.
         name: ``timestamp.json``, ``3.root.json``, …
 
     Raises:
@@ -29,11 +30,11 @@ def fetch_metadata(repository: Repository, name: str) -> bytes:
         VerificationFailed: What has that name is no file of metadata.
         NetworkFailed: No answer.
     """
-    manifest = read_manifest(repository.manifest(name))
+    manifest = read_manifest(source.manifest(name))
     if manifest.artifact_type != METADATA or len(manifest.layers) != 1:
-        raise VerificationFailed(f"{name} is no metadata", where=[f"{repository.place}:{name}"])
+        raise VerificationFailed(f"{name} is no metadata", where=[f"{source.place}:{name}"])
     [layer] = manifest.layers
-    return layer.data if layer.data is not None else repository.small_blob(layer, most=_LARGEST)
+    return layer.data if layer.data is not None else source.small_blob(layer, most=_LARGEST)
 
 
 def store_metadata(repository: Repository, name: str, data: bytes) -> None:

@@ -32,7 +32,7 @@ from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import CnnccError, NetworkFailed, NotInRegistry, VerificationFailed
 from cnncc_runtime.files import atomic_file, storage_errors
 from cnncc_runtime.metadata import fetch_metadata
-from cnncc_runtime.oci.registry import Repository
+from cnncc_runtime.oci.source import Source
 
 _SCHEME = "oci:"
 _TOP = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
@@ -88,13 +88,13 @@ class Trust:
 
     Args:
         folder: Where it is kept; holds `ANCHOR`.
-        repository: Where newer metadata comes from.
+        source: Where newer metadata comes from.
         clock: The machine's.
     """
 
-    def __init__(self, folder: Path, repository: Repository, clock: Clock | None = None) -> None:
+    def __init__(self, folder: Path, source: Source, clock: Clock | None = None) -> None:
         self._folder = folder
-        self._repository = repository
+        self._source = source
         self._clock = clock or Clock()
 
     def announced(self, target: str) -> Announced | None:
@@ -113,11 +113,11 @@ class Trust:
             anchor = (self._folder / ANCHOR).read_bytes()
             known = self._folder / _KNOWN
             known.mkdir(exist_ok=True)
-        with _tuf_errors(self._repository):
+        with _tuf_errors(self._source):
             updater = Updater(
                 metadata_dir=str(known),
                 metadata_base_url=_SCHEME,
-                fetcher=_Fetcher(self._repository),
+                fetcher=_Fetcher(self._source),
                 config=UpdaterConfig(),
                 bootstrap=anchor,
             )
@@ -153,7 +153,7 @@ class Trust:
             if signed.is_expired(as_date(now.time)):
                 raise VerificationFailed(
                     _expired(role, signed.expires, behind=self._clock.is_behind(floor.moment)),
-                    where=[str(self._repository.place)],
+                    where=[str(self._source.place)],
                     hint=_FROZEN,
                 )
             seen = roles.get(role)
@@ -161,7 +161,7 @@ class Trust:
                 raise VerificationFailed(
                     f"the registry's {role} metadata is version {signed.version}, and this device has seen version "
                     f"{seen.version}",
-                    where=[str(self._repository.place)],
+                    where=[str(self._source.place)],
                     hint=_REPLAYED,
                 )
             roles[role] = Seen(signed.version, keyids)
@@ -196,26 +196,26 @@ def _announced(target: str, found: TargetFile) -> Announced:
 class _Fetcher(FetcherInterface):
     """Fetches metadata from a registry for `python-tuf`."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         name = url.rpartition("/")[2]
         try:
-            return iter([fetch_metadata(self._repository, name)])
+            return iter([fetch_metadata(self._source, name)])
         except NotInRegistry as exc:
             raise DownloadHTTPError(exc.message, 404) from exc
 
 
 @contextlib.contextmanager
-def _tuf_errors(repository: Repository) -> Iterator[None]:
+def _tuf_errors(source: Source) -> Iterator[None]:
     """Say in our words what `python-tuf` found.
 
     Raises:
         VerificationFailed: Metadata that is not to be believed.
         NetworkFailed: No answer.
     """
-    place = [str(repository.place)]
+    place = [str(source.place)]
     try:
         yield
     except ExpiredMetadataError as exc:

@@ -37,12 +37,17 @@ from cnncc_runtime.errors import (
 )
 from cnncc_runtime.files import atomic_file, storage_errors
 from cnncc_runtime.gpu import host_gpus
-from cnncc_runtime.oci.formats import Index, read_index, read_manifest
+from cnncc_runtime.oci.formats import Descriptor, Index, read_index, read_manifest
 from cnncc_runtime.oci.http import Connection
+from cnncc_runtime.oci.layout import Layout, Part
 from cnncc_runtime.oci.place import place_of
 from cnncc_runtime.oci.registry import Repository
+from cnncc_runtime.oci.source import Source
 from cnncc_runtime.oci.transfer import Pace, Progress, download
 from cnncc_runtime.releases import Hardware, choose
+
+Fetch = Callable[[Descriptor, Path], None]
+"""Puts a blob into a file, which then holds it whole, is flushed to disk, and has its digest."""
 
 METADATA = "tuf"
 """The repository of a fleet's metadata, below that of its releases."""
@@ -185,10 +190,30 @@ class Agent:
             StorageFailed: The disk is full or broken; the engine runs on.
         """
         enrollment = self.enrollment()
+        repository, metadata = self._repositories(enrollment)
+
+        def fetch(blob: Descriptor, part: Path) -> None:
+            download(repository, blob, part, pace=self.pace, progress=self.progress)
+
+        return self._bring(enrollment, repository, metadata, fetch)
+
+    def install(self, archive: Path) -> Outcome:
+        """Bring the device to the release in an archive, where there is no network; believed and tried as any other.
+
+        Args:
+            archive: From ``cnncc fleet export``.
+
+        Raises:
+            As `once`.
+        """
+        enrollment = self.enrollment()
+        with Layout.open(archive) as layout:
+            return self._bring(enrollment, Part(layout), Part(layout, f"{METADATA}/"), layout.copy)
+
+    def _bring(self, enrollment: Enrollment, releases: Source, metadata: Source, fetch: Fetch) -> Outcome:
         with self._locked():
             disk = self.disk()
             state = activation.settle(disk, lambda slot: not self._trial(slot, None).problems)
-            repository, metadata = self._repositories(enrollment)
             announced = Trust(self.root / _TRUST, metadata, self.clock).announced(
                 f"{enrollment.channel}/{enrollment.name.rpartition('/')[2]}"
             )
@@ -200,23 +225,18 @@ class Agent:
             hardware = self.hardware(self.root, enrollment.profile)
             if why := why_not(signed, enrollment.device, hardware):
                 return Outcome(False, state.good, signed.version, signed.sequence, why)
-            index = read_index(repository.manifest(announced.digest))
-            return self._update(disk, repository, index, signed, hardware)
+            manifest, slot = self._choose(releases, read_index(releases.manifest(announced.digest)), hardware)
+            return self._update(disk, manifest, slot, signed, fetch)
 
-    def _update(
-        self, disk: RealDisk, repository: Repository, index: Index, signed: Signed, hardware: Hardware
-    ) -> Outcome:
+    def _update(self, disk: RealDisk, manifest: bytes, slot: str, signed: Signed, fetch: Fetch) -> Outcome:
         before = activation.read_state(disk)
-        manifest, digest = self._choose(repository, index, hardware)
-        slot = slots.hex_of(digest)
         if slot in before.bad:
             raise HealthCheckFailed(
                 f"the engine of release {signed.version} failed on this device before", where=[f"slots/{slot}"]
             )
         for layer in read_manifest(manifest).layers:
             if not slots.has_blob(disk, layer.digest):
-                part = self.root / slots.part_of(layer.digest)
-                download(repository, layer, part, pace=self.pace, progress=self.progress)
+                fetch(layer, self.root / slots.part_of(layer.digest))
                 slots.admit(disk, layer.digest)
         slots.stage(disk, manifest, slot)
         verdicts: list[Verdict] = []
@@ -237,14 +257,14 @@ class Agent:
             )
         return Outcome(state.good != before.good, slot, signed.version, signed.sequence, "", verdicts[-1].latency)
 
-    def _choose(self, repository: Repository, index: Index, hardware: Hardware) -> tuple[bytes, str]:
-        """Return the manifest of the most specific engine that opens here, and its digest."""
+    def _choose(self, source: Source, index: Index, hardware: Hardware) -> tuple[bytes, str]:
+        """Return the manifest of the most specific engine that opens here, and its slot's name."""
         from cnncc_runtime.session import obstacle
 
         obstacles = []
         for offer in choose(index, hardware):
-            manifest = repository.manifest(offer.entry.digest)
-            config = repository.small_blob(read_manifest(manifest).config, most=_LARGEST_CONFIG)
+            manifest = source.manifest(offer.entry.digest)
+            config = source.small_blob(read_manifest(manifest).config, most=_LARGEST_CONFIG)
             try:
                 bundle = BundleManifest.from_bytes(config)
             except BundleRefused as exc:
@@ -252,7 +272,7 @@ class Agent:
                 continue
             away = obstacle(bundle.target, bundle.engine)
             if away is None:
-                return manifest, offer.entry.digest
+                return manifest, slots.hex_of(offer.entry.digest)
             obstacles.append(f"{offer.device}: {away.message}")
         raise NoArtifact(
             "the release has no engine that opens on this device",
