@@ -69,6 +69,8 @@ class Enrollment:
         device: The device's name.
         profile: Of its hardware, where it has one.
         ca: A file of certificates, instead of the system's.
+        report: Where outcomes are posted; empty for nowhere.
+        report_token: The file of the token that says who the device is there.
     """
 
     registry: str
@@ -77,6 +79,8 @@ class Enrollment:
     device: str
     profile: str = ""
     ca: str = ""
+    report: str = ""
+    report_token: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Agent:
         pace: How fast it downloads, and when.
         connect: Makes a connection to a registry.
         progress: Told of bytes.
+        release: What is signed with the release that was looked at last.
     """
 
     root: Path
@@ -132,6 +137,7 @@ class Agent:
     pace: Pace = field(default_factory=Pace)
     connect: Callable[[str, Path | None], Connection] = Connection
     progress: Progress = lambda _: None
+    release: Signed | None = field(default=None, init=False)
 
     def enroll(self, enrollment: Enrollment, root: bytes) -> None:
         """Make this device one of a fleet's.
@@ -210,6 +216,32 @@ class Agent:
         with Layout.open(archive) as layout:
             return self._bring(enrollment, Part(layout), Part(layout, f"{METADATA}/"), layout.copy)
 
+    def back(self) -> str:
+        """Go back to the engine before the present one, which is refused from now on; return its slot.
+
+        Raises:
+            UsageError: There is none, or another agent is at work.
+            StorageFailed: The disk is full or broken.
+        """
+        self.enrollment()
+        with self._locked():
+            disk = self.disk()
+            if not activation.back(disk):
+                raise UsageError("there is no engine to go back to", hint="publish an older release again instead")
+            return activation.current(disk)
+
+    def collect(self) -> list[str]:
+        """Remove engines and blobs that nothing needs; return what was removed.
+
+        Raises:
+            UsageError: Another agent is at work.
+            StorageFailed: The disk is broken.
+        """
+        self.enrollment()
+        with self._locked():
+            disk = self.disk()
+            return slots.collect(disk, activation.read_state(disk).needed)
+
     def _bring(self, enrollment: Enrollment, releases: Source, metadata: Source, fetch: Fetch) -> Outcome:
         with self._locked():
             disk = self.disk()
@@ -219,7 +251,7 @@ class Agent:
             )
             if announced is None:
                 return Outcome(False, state.good, why=f"nothing is announced in {enrollment.channel}")
-            signed = read_signed(announced.custom)
+            self.release = signed = read_signed(announced.custom)
             if signed.sequence <= state.sequence:
                 return Outcome(False, state.good, signed.version, signed.sequence, "the device has had it")
             hardware = self.hardware(self.root, enrollment.profile)
