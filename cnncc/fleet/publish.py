@@ -1,8 +1,8 @@
-"""Publishing: bundles become a release in a registry, and a channel's signature points to it.
+"""Publishing: bundles become a release in a registry; `cnncc.fleet.rollout` says who shall have it.
 
-Blobs first, then the manifests that name them, then the index, then what says who may be believed, its timestamp last:
-a publisher that dies leaves devices where they were, and one that begins again sends only what is missing. Everything
-has a tag, since registries collect what has none, children of an index included (distribution/distribution #3178).
+Blobs first, then the manifests that name them, then the index: a publisher that dies leaves nothing that a device would
+take, and one that begins again sends only what is missing. Everything has a tag, since registries collect what has
+none, children of an index included (distribution/distribution #3178).
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cnncc.fleet.signing import Signing
 from cnncc_runtime.bundle import Bundle, read_bundle
 from cnncc_runtime.digests import digest_bytes
 from cnncc_runtime.errors import NotInRegistry, ParityFailed, UsageError
@@ -59,16 +57,12 @@ class Published:
         digest: Of its index.
         entries: Its engines.
         sent: Bytes that were sent: what was there was not.
-        signed: Channel whose signature points to it; empty for none.
-        sequence: Its place in the channel.
     """
 
     version: str
     digest: str
     entries: tuple[Descriptor, ...]
     sent: int
-    signed: str = ""
-    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +123,7 @@ def publish(
     unproven: Mapping[str, str] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Published:
-    """Store a release; no device takes it before a channel's signature points to it (`announce`).
+    """Store a release; no device takes it before a channel's signature points to it.
 
     Args:
         bundles: From `check_bundles`.
@@ -150,35 +144,6 @@ def publish(
     sent = sum(_store(repository, engine, version, progress) for engine in engines)
     repository.put_manifest(index, INDEX, tag=version)
     return Published(version, digest_bytes(index), read_index(index).manifests, sent)
-
-
-def announce(
-    signing: Signing, repository: Repository, channel: str, name: str, version: str, custom: Mapping[str, Any]
-) -> Published:
-    """Have a channel's signature point to a release that is stored.
-
-    Args:
-        signing: The fleet's metadata.
-        repository: Where the release is.
-        channel: Which.
-        name: Of the model.
-        version: The release's.
-        custom: What is signed with it, beside its version and its place in the channel.
-
-    Raises:
-        NotInRegistry: There is no such release.
-        VerificationFailed: The fleet's metadata cannot be believed.
-        UsageError: There is no such channel, or its keys are not here.
-        NetworkFailed: It was not published; devices are where they were.
-    """
-    index = repository.manifest(version)
-    signing.load()
-    before = signing.released(channel).get(f"{channel}/{name}")
-    sequence = 1 + int((before.custom or {}).get("sequence", 0) if before is not None else 0)
-    release = {"version": version, "sequence": sequence, "repository": str(repository.place)}
-    signing.release(channel, name, index, {**custom, **release})
-    signing.publish()
-    return Published(version, digest_bytes(index), read_index(index).manifests, 0, channel, sequence)
 
 
 def _engine(bundle: Bundle, unproven: Mapping[str, str]) -> _Engine:

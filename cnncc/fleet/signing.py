@@ -72,13 +72,14 @@ class Signing:
     _roles: dict[str, Metadata[Any]] = field(default_factory=dict, repr=False)
     _changed: dict[str, None] = field(default_factory=dict, repr=False)
     _published_root: bytes = field(default=b"", repr=False)
+    _first: bool = field(default=False, repr=False)
 
     def begin(self, channels: tuple[str, ...] = CHANNELS) -> bytes:
-        """Make keys and metadata for a new fleet, publish them, and return the root that devices are enrolled with.
+        """Make a new fleet's keys and metadata; return the root that devices are enrolled with. `publish` comes next.
 
         Raises:
             UsageError: There is metadata already.
-            NetworkFailed: It was not published.
+            NetworkFailed: The registry does not answer.
         """
         if "timestamp.json" in self.repository.tags():
             raise UsageError(
@@ -104,8 +105,9 @@ class Signing:
         self._roles[Snapshot.type] = Metadata(Snapshot(expires=self._expiry(Snapshot.type)))
         self._roles[Timestamp.type] = Metadata(Timestamp(expires=self._expiry(Timestamp.type)))
         self._changed = dict.fromkeys((Root.type, Targets.type, *channels))
-        self._publish(first=True)
-        self.anchor = self._published_root
+        self._first = True
+        self._sign(Root.type)
+        self.anchor = self.root_bytes
         return self.anchor
 
     def load(self) -> None:
@@ -208,9 +210,7 @@ class Signing:
             UsageError: Keys of a role are missing here.
             NetworkFailed: It was not published; devices are where they were.
         """
-        self._publish(first=False)
-
-    def _publish(self, *, first: bool) -> None:
+        first = self._first
         before = None if first else Metadata[Root].from_bytes(self._published_root).signed
         changed = [*self._changed]
         snapshot: Snapshot = self._roles[Snapshot.type].signed
@@ -222,8 +222,8 @@ class Signing:
                 snapshot.meta[f"{role}.json"] = MetaFile(self._roles[role].signed.version)
             self._next(Snapshot.type, first=first)
             timestamp.snapshot_meta = MetaFile(snapshot.version)
-        if Root.type in changed:
-            self._next(Root.type, first=first)
+        if Root.type in changed and not first:  # the first one was signed already: devices are enrolled with it
+            self._next(Root.type, first=False)
         self._next(Timestamp.type, first=first)
         files: dict[str, bytes] = {}
         if Root.type in changed:
@@ -236,6 +236,7 @@ class Signing:
         for name, data in files.items():
             store_metadata(self.repository, name, data)
         self._published_root = self.root_bytes
+        self._first = False
         self._changed.clear()
 
     def _next(self, role: str, *, first: bool) -> None:

@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import cnncc_runtime
 from cnncc.fleet.keys import Keys
-from cnncc.fleet.publish import announce, check_bundles, publish
+from cnncc.fleet.publish import check_bundles, publish
+from cnncc.fleet.rollout import Reach, pause, point
 from cnncc.fleet.signing import Signing
 from cnncc_runtime.agent.activation import current, read_state
 from cnncc_runtime.agent.trial import Verdict
@@ -74,6 +76,7 @@ class Fleet:
         keys = Keys(self.folder / "keys", lambda role: role)
         self.signing = Signing(self.registry.repository(f"{self.name}/tuf"), keys)
         self.root = self.signing.begin()
+        self.signing.publish()
 
     def bundle(self, version: str, *, wrong: bool = False, machine: str = "", content: bytes = b"") -> Path:
         """Write a bundle; ``version`` makes it another one."""
@@ -94,13 +97,18 @@ class Fleet:
         write_bundle(path, made, files)
         return path
 
-    def release(self, version: str, *bundles: Path, channel: str = "stable", **signed: object) -> None:
+    def release(self, version: str, *bundles: Path, channel: str = "stable", **reach: Any) -> None:
         repository = self.registry.repository(self.name)
         publish(check_bundles(bundles or [self.bundle(version)]), repository, version)
-        self.point(version, channel=channel, **signed)
+        self.point(version, channel=channel, **reach)
 
-    def point(self, version: str, *, channel: str = "stable", **signed: object) -> None:
-        announce(self.signing, self.registry.repository(self.name), channel, self.name, version, signed)
+    def point(self, version: str, *, channel: str = "stable", paused: bool = False, **reach: Any) -> None:
+        repository = self.registry.repository(self.name)
+        self.signing.load()
+        point(self.signing, repository, channel, self.name, version, Reach(**reach))
+        if paused:
+            pause(self.signing, repository, channel, self.name, paused=True)
+        self.signing.publish()
 
     def device(self, name: str = "device-1", *, port: int = 0, channel: str = "stable") -> Agent:
         agent = Agent(self.folder / name, connect=lambda host, ca: Connection(host, ca, sleep=lambda _: None))
@@ -166,6 +174,8 @@ def test_an_engine_that_computes_something_else_never_runs(fleet: Fleet) -> None
     assert (caught.value.exit_code, caught.value.hint) == (50, "the engine before it runs on")
     assert runs(agent) == "1.0.0"
     assert agent.once().why == "the device has had it", "it is not tried again at every poll"
+    fleet.point("1.0.0")
+    assert not agent.once().changed
     fleet.point("1.1.0")
     with pytest.raises(HealthCheckFailed, match="failed on this device before"):
         agent.once()
@@ -194,7 +204,7 @@ def test_an_engine_that_is_much_slower_is_refused(fleet: Fleet) -> None:
     for version in ("1.0.0", "1.1.0"):
         fleet.release(version)
         assert agent.once().changed
-    fleet.release("1.2.0", slowdown=500)
+    fleet.release("1.2.0", slowdown=5.0)
     with pytest.raises(HealthCheckFailed, match="more than 5 times as long"):
         agent.once()
     assert runs(agent) == "1.1.0"
@@ -235,10 +245,10 @@ def test_a_release_without_an_engine_for_this_device_changes_nothing(fleet: Flee
 
 def test_a_release_goes_only_so_far(fleet: Fleet) -> None:
     agents = [fleet.device(f"device-{number}") for number in range(8)]
-    fleet.release("1.0.0", share=4000, salt="1.0.0")
+    fleet.release("1.0.0", percent=40.0)
     first = {agent.root.name for agent in agents if agent.once().changed}
     assert 0 < len(first) < 8
-    fleet.point("1.0.0", salt="1.0.0")
+    fleet.point("1.0.0", percent=100.0)
     assert {agent.root.name for agent in agents if agent.once().changed} == {
         agent.root.name for agent in agents
     } - first

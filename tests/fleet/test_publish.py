@@ -13,17 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnncc.fleet.keys import Keys
-from cnncc.fleet.publish import UNPROVEN, announce, check_bundles, publish
-from cnncc.fleet.signing import Signing
-from cnncc_runtime.agent.trust import ANCHOR, Trust
+from cnncc.fleet.publish import UNPROVEN, check_bundles, publish
 from cnncc_runtime.bundle import Manifest, TargetRecord, write_bundle
 from cnncc_runtime.digests import digest_bytes
 from cnncc_runtime.errors import (
     BundleRefused,
     NetworkFailed,
     NoArtifact,
-    NotInRegistry,
     ParityFailed,
     UsageError,
     VerificationFailed,
@@ -288,24 +284,3 @@ def test_oras_pulls_an_engine(registry: Registry, bundles: list[Path], tmp_path:
     for name in ("engine.so", "golden.npz", "manifest.json"):
         assert (tmp_path / "pulled" / name).read_bytes() == (bundles[0] / name).read_bytes()
     assert isinstance(Manifest.from_bytes((tmp_path / "pulled/manifest.json").read_bytes()), Manifest)
-
-
-def test_a_channels_signature_points_to_a_release_and_back_to_an_older_one(
-    registry: Registry, bundles: list[Path], tmp_path: Path
-) -> None:
-    repository = registry.repository("announced")
-    signing = Signing(registry.repository("announced/tuf"), Keys(tmp_path / "keys", lambda role: role))
-    (tmp_path / "device").mkdir()
-    (tmp_path / "device" / ANCHOR).write_bytes(signing.begin())
-    device = Trust(tmp_path / "device", registry.repository("announced/tuf"))
-    first = publish(check_bundles(bundles), repository, "1.0.0")
-    second = publish(check_bundles(bundles[:1]), repository, "1.1.0")
-    assert device.announced("stable/vision") is None
-    for sequence, (version, wanted) in enumerate([("1.0.0", first), ("1.1.0", second), ("1.0.0", first)], 1):
-        said = announce(signing, repository, "stable", "vision", version, {"share": 10})
-        assert (said.sequence, said.digest) == (sequence, wanted.digest)
-        found = device.announced("stable/vision")
-        assert found is not None
-        assert (found.digest, found.custom["sequence"], found.custom["share"]) == (wanted.digest, sequence, 10)
-    with pytest.raises(NotInRegistry):
-        announce(signing, repository, "stable", "vision", "9.9.9", {})

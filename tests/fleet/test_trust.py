@@ -56,6 +56,7 @@ class World:
         keys = Keys(self.folder / "keys", lambda role: f"of {role}")
         self.publisher = Signing(self.repository, keys, now=lambda: self.now)
         self.publisher.begin()
+        self.publisher.publish()
 
     @functools.cached_property
     def repository(self) -> Repository:

@@ -1,0 +1,176 @@
+"""What a publisher's machine keeps of a fleet: where it is, the root that it trusts, and keys.
+
+NAME/fleet.json   the registry, and the model's name
+NAME/root.json    the root of its beginning: what devices are enrolled with
+NAME/keys.json, NAME/ROLE-KEYID.pem   see `cnncc.fleet.keys`
+NAME/lock         held by whoever changes the fleet's metadata from this machine
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from cnncc.fleet.keys import Keys, Passphrase
+from cnncc.fleet.signing import CHANNELS, Signing
+from cnncc_runtime.digests import canonical_json
+from cnncc_runtime.errors import UsageError, VerificationFailed
+from cnncc_runtime.files import atomic_file, storage_errors
+from cnncc_runtime.oci.http import Connection
+from cnncc_runtime.oci.place import place_of
+from cnncc_runtime.oci.registry import Repository
+
+METADATA = "tuf"
+"""The repository of a fleet's metadata, below that of its releases: `cnncc_runtime.agent.update` looks there."""
+_FLEET, ROOT, _LOCK = "fleet.json", "root.json", "lock"
+
+
+@dataclass(frozen=True)
+class _Record:
+    registry: str
+    name: str
+    ca: str = ""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A fleet, as this machine knows it.
+
+    Attributes:
+        folder: Holds what is kept.
+        name: Of the model.
+        releases: Where its releases are.
+        metadata: Where what is signed of them is.
+        signing: That.
+    """
+
+    folder: Path
+    name: str
+    releases: Repository
+    metadata: Repository
+    signing: Signing
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Signing]:
+        """Yield the fleet's metadata, newly fetched and verified, for a change that is published at the end.
+
+        Raises:
+            UsageError: Somebody else on this machine changes it now.
+            VerificationFailed: The registry's metadata is not to be believed.
+            NetworkFailed: No answer; devices are where they were.
+        """
+        path = self.folder / _LOCK
+        with storage_errors(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise UsageError(f"somebody else on this machine changes {self.name} now") from exc
+            self.signing.load()
+            yield self.signing
+            self.signing.publish()
+        finally:
+            os.close(handle)
+
+
+def home() -> Path:
+    """Return the folder of all fleets: ``$CNNCC_FLEET_HOME``, or the user's configuration."""
+    own = os.environ.get("CNNCC_FLEET_HOME")
+    return Path(own) if own else platformdirs.user_config_path("cnncc") / "fleets"
+
+
+def begin_fleet(
+    registry: str,
+    name: str,
+    passphrase: Passphrase,
+    *,
+    channels: tuple[str, ...] = CHANNELS,
+    ca: Path | None = None,
+    folder: Path | None = None,
+    connect: Callable[[str, Path | None], Connection] = Connection,
+) -> Fleet:
+    """Make a fleet: keys, and metadata in its registry.
+
+    Args:
+        registry: Its address.
+        name: Of the model.
+        passphrase: What keys are encrypted with, role by role.
+        channels: Where releases go.
+        ca: Certificates instead of the system's.
+        folder: Where it is kept; below `home` by default.
+        connect: Makes a connection.
+
+    Raises:
+        UsageError: There is such a fleet, here or in the registry.
+        NetworkFailed: The registry does not answer.
+        StorageFailed: The folder cannot be written.
+    """
+    folder = folder or home() / name.replace("/", "_")
+    if (folder / _FLEET).exists():
+        raise UsageError(f"{folder} holds a fleet already", hint="choose another --name")
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    record = _Record(registry, name, str(ca.resolve()) if ca else "")
+    fleet = _fleet(folder, record, b"", passphrase, connect)
+    root = fleet.signing.begin(channels)
+    for file, data in ((ROOT, root), (_FLEET, canonical_json(msgspec.to_builtins(record)))):
+        with atomic_file(folder / file) as path:
+            path.write_bytes(data)
+    fleet.signing.publish()
+    return fleet
+
+
+def open_fleet(
+    name: str,
+    passphrase: Passphrase,
+    *,
+    folder: Path | None = None,
+    connect: Callable[[str, Path | None], Connection] = Connection,
+) -> Fleet:
+    """Return a fleet that this machine knows.
+
+    Raises:
+        UsageError: It knows none of that name.
+        VerificationFailed: What is kept of it is damaged.
+    """
+    folder = folder or home() / name.replace("/", "_")
+    if not (folder / _FLEET).exists():
+        known = ", ".join(sorted(path.parent.name for path in home().glob(f"*/{_FLEET}")))
+        raise UsageError(
+            f"this machine knows no fleet '{name}'",
+            hint=f"one of {known}" if known else "cnncc fleet trust init --registry URL --name NAME",
+        )
+    try:
+        with storage_errors(folder):
+            record = msgspec.json.decode((folder / _FLEET).read_bytes(), type=_Record)
+            root = (folder / ROOT).read_bytes()
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise VerificationFailed(f"{folder / _FLEET} is damaged: {exc}", hint="restore it from a backup") from exc
+    return _fleet(folder, record, root, passphrase, connect)
+
+
+def _fleet(
+    folder: Path,
+    record: _Record,
+    root: bytes,
+    passphrase: Passphrase,
+    connect: Callable[[str, Path | None], Connection],
+) -> Fleet:
+    place = place_of(record.registry, record.name)
+    connection = connect(place.host, Path(record.ca) if record.ca else None)
+    metadata = Repository(place.beside(METADATA), connection)
+    return Fleet(
+        folder,
+        record.name.rpartition("/")[2],
+        Repository(place, connection),
+        metadata,
+        Signing(metadata, Keys(folder, passphrase), root),
+    )

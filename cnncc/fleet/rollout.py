@@ -1,0 +1,177 @@
+"""Rollouts: which release a channel points to, and how many of its devices take it.
+
+What is signed of a release (`cnncc_runtime.agent.rollout.Signed`) says who shall have it. The sequence grows when a
+channel points to another release, an older one too; how far a release goes may change without that, and devices that
+have it do not try it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from cnncc.fleet.signing import Signing
+from cnncc_runtime.agent.rollout import ALL, Signed, matches, read_signed
+from cnncc_runtime.digests import digest_bytes
+from cnncc_runtime.errors import UsageError
+from cnncc_runtime.oci.registry import Repository
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Who shall have a release; None leaves what was said before.
+
+    Attributes:
+        percent: Of the devices, to a hundredth.
+        selector: Conditions that a device must meet.
+        slowdown: How many times as long as the engine before it may take.
+    """
+
+    percent: float | None = None
+    selector: str | None = None
+    slowdown: float | None = None
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Where a channel points.
+
+    Attributes:
+        channel: Which.
+        name: Of the model.
+        digest: Of the release's index.
+        signed: What is signed with it.
+        before: The version that the channel pointed to before; empty for none.
+    """
+
+    channel: str
+    name: str
+    digest: str
+    signed: Signed
+    before: str = ""
+
+
+def pointers(signing: Signing, name: str) -> tuple[Pointer, ...]:
+    """Return where the channels point, after `Signing.load`.
+
+    Args:
+        signing: The fleet's metadata.
+        name: Of the model.
+
+    Raises:
+        VerificationFailed: What is signed is not by the rules.
+    """
+    found = []
+    for channel in signing.channels:
+        target = signing.released(channel).get(f"{channel}/{name}")
+        if target is not None:
+            custom = target.custom or {}
+            signed = read_signed(custom)
+            before = custom.get("before", "")
+            digest = f"sha256:{target.hashes['sha256']}"
+            found.append(Pointer(channel, name, digest, signed, before if isinstance(before, str) else ""))
+    return tuple(found)
+
+
+def pointer(signing: Signing, channel: str, name: str) -> Pointer:
+    """Return where a channel points, after `Signing.load`.
+
+    Raises:
+        UsageError: There is no such channel, or it points to nothing.
+    """
+    signing.released(channel)
+    found = next((each for each in pointers(signing, name) if each.channel == channel), None)
+    if found is None:
+        raise UsageError(f"{channel} has no release of {name}", hint="cnncc publish, or cnncc fleet promote")
+    return found
+
+
+def point(
+    signing: Signing, repository: Repository, channel: str, name: str, version: str, reach: Reach | None = None
+) -> Pointer:
+    """Have a channel point to a release that is stored, after `Signing.load`; `Signing.publish` makes it known.
+
+    Args:
+        signing: The fleet's metadata.
+        repository: Where the release is.
+        channel: Which.
+        name: Of the model.
+        version: The release's.
+        reach: Who shall have it: by default every device; of the release that the channel points to, the same as now.
+
+    Raises:
+        NotInRegistry: There is no such release.
+        UsageError: There is no such channel, or nobody could have it so.
+    """
+    index = repository.manifest(version)
+    before = next((each for each in pointers(signing, name) if each.channel == channel), None)
+    same = before is not None and before.digest == digest_bytes(index)
+    old = (
+        before.signed
+        if same and before
+        else Signed(version, 1 + (before.signed.sequence if before else 0), salt=version)
+    )
+    signed = _reached(msgspec.structs.replace(old, repository=str(repository.place)), reach or Reach())
+    last = (before.before if same else before.signed.version) if before else ""
+    _sign(signing, channel, name, index, signed, last)
+    return Pointer(channel, name, digest_bytes(index), signed, last)
+
+
+def pause(signing: Signing, repository: Repository, channel: str, name: str, *, paused: bool) -> Pointer:
+    """Have no further device take a channel's release, or again; `Signing.publish` makes it known.
+
+    Raises:
+        UsageError: The channel points to nothing, or that is so already.
+    """
+    found = pointer(signing, channel, name)
+    if found.signed.paused == paused:
+        raise UsageError(f"{channel}/{name} is {'paused' if paused else 'not paused'}")
+    signed = msgspec.structs.replace(found.signed, paused=paused)
+    _sign(signing, channel, name, repository.manifest(found.digest), signed, found.before)
+    return Pointer(channel, name, found.digest, signed, found.before)
+
+
+def go_back(signing: Signing, repository: Repository, channel: str, name: str, version: str = "") -> Pointer:
+    """Have a channel point to an older release, for all of its devices; `Signing.publish` makes it known.
+
+    Args:
+        signing: The fleet's metadata.
+        repository: Where the releases are.
+        channel: Which.
+        name: Of the model.
+        version: Of the older release; by default what the channel pointed to before.
+
+    Raises:
+        UsageError: There was none before, or that is what it points to.
+        NotInRegistry: There is no such release.
+    """
+    found = pointer(signing, channel, name)
+    version = version or found.before
+    if not version or version == found.signed.version:
+        raise UsageError(
+            f"{channel}/{name} has nothing else than {found.signed.version} to go back to", hint="--to names a version"
+        )
+    return point(signing, repository, channel, name, version)
+
+
+def _reached(signed: Signed, reach: Reach) -> Signed:
+    changes: dict[str, Any] = {}
+    if reach.percent is not None:
+        if not 0 <= reach.percent <= 100:
+            raise UsageError(f"{reach.percent:g} % of the devices is no share", hint="--percent 0 to 100")
+        changes["share"] = round(reach.percent * ALL / 100)
+    if reach.selector is not None:
+        matches(reach.selector, {}) if reach.selector else None
+        changes["selector"] = reach.selector
+    if reach.slowdown is not None:
+        if not 0.01 <= reach.slowdown <= 1000:
+            raise UsageError(f"{reach.slowdown:g} times as long is no bound", hint="--slowdown 1.5")
+        changes["slowdown"] = round(reach.slowdown * 100)
+    return msgspec.structs.replace(signed, **changes)
+
+
+def _sign(signing: Signing, channel: str, name: str, index: bytes, signed: Signed, before: str) -> None:
+    custom = msgspec.to_builtins(signed)
+    signing.release(channel, name, index, {**custom, "before": before})
