@@ -24,6 +24,8 @@ COMMANDS = {
     "verify": "Check a bundle's engine against its model again.",
     "bench": "Benchmark a bundle against ONNX Runtime, PyTorch and others.",
     "run": "Run a bundle on an image or on arrays.",
+    "publish": "Publish bundles as a release to a fleet's registry.",
+    "fleet": "Say which release a fleet's devices take, and who may say so.",
     "inspect": "Show what is inside a bundle or a model.",
     "targets": "List targets, their state here, and device profiles.",
     "doctor": "Say what this machine can build and run, and how to get the rest.",
@@ -39,6 +41,8 @@ Exit codes:
   3    this machine lacks something (target, package, disk space, a folder to write in)
   4    the model, its weights, the data or the bundle was refused
   5    the toolchain failed
+  20   a registry could not be reached
+  30   what a registry has is not to be believed
   130  interrupted; nothing was left behind (143 when terminated)
 """
 

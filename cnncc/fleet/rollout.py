@@ -15,7 +15,7 @@ import msgspec
 from cnncc.fleet.signing import Signing
 from cnncc_runtime.agent.rollout import ALL, Signed, matches, read_signed
 from cnncc_runtime.digests import digest_bytes
-from cnncc_runtime.errors import UsageError
+from cnncc_runtime.errors import UsageError, VerificationFailed
 from cnncc_runtime.oci.registry import Repository
 
 
@@ -163,7 +163,10 @@ def _reached(signed: Signed, reach: Reach) -> Signed:
             raise UsageError(f"{reach.percent:g} % of the devices is no share", hint="--percent 0 to 100")
         changes["share"] = round(reach.percent * ALL / 100)
     if reach.selector is not None:
-        matches(reach.selector, {}) if reach.selector else None
+        try:
+            matches(reach.selector or "x!=x", {})
+        except VerificationFailed as exc:
+            raise UsageError(exc.message, hint="as in --selector 'sm>=87, machine=aarch64'") from exc
         changes["selector"] = reach.selector
     if reach.slowdown is not None:
         if not 0.01 <= reach.slowdown <= 1000:

@@ -54,6 +54,27 @@ def _now() -> datetime:
     return datetime.now(timezone.utc).replace(microsecond=0)
 
 
+@dataclass(frozen=True)
+class Role:
+    """A role as the fleet's metadata has it.
+
+    Attributes:
+        name: Of the role.
+        threshold: Keys that must sign.
+        keyids: Keys that may.
+        here: How many of them this machine has.
+        version: Of its metadata.
+        expires: When that is not believed any more.
+    """
+
+    name: str
+    threshold: int
+    keyids: tuple[str, ...]
+    here: int
+    version: int
+    expires: datetime
+
+
 @dataclass
 class Signing:
     """A fleet's metadata, as it is in the registry, and as it will be.
@@ -142,6 +163,18 @@ class Signing:
     def channels(self) -> tuple[str, ...]:
         """The channels that the fleet has."""
         return tuple(self._delegations().roles or {})
+
+    def overview(self) -> tuple[Role, ...]:
+        """Return all roles, after `load`."""
+        known = self.keys.roles()
+        found = []
+        for name, metadata in self._roles.items():
+            above: Mapping[str, Any] = self._above(name).roles or {}
+            keyids = tuple(above[name].keyids)
+            here = sum(key.keyid in keyids for key in known.get(name, ()))
+            signed: Signed = metadata.signed
+            found.append(Role(name, above[name].threshold, keyids, here, signed.version, signed.expires))
+        return tuple(found)
 
     def released(self, channel: str) -> Mapping[str, TargetFile]:
         """Return what is released to a channel: ``CHANNEL/NAME`` → its target.

@@ -1,0 +1,101 @@
+"""What the commands of fleets share: the fleet's name, whose release, who shall have it, and passphrases."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cnncc_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from cnncc.fleet.home import Fleet
+    from cnncc.fleet.rollout import Pointer, Reach
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PASSPHRASE = "CNNCC_FLEET_PASSPHRASE"
+"""Environment variable: what keys are encrypted with; ``…_ROOT`` and the like are for one role alone."""
+
+
+def reach_options(function: F) -> F:
+    """Add the flags that say who shall have a release."""
+    for decorate in (
+        click.option(
+            "--slowdown",
+            type=float,
+            metavar="TIMES",
+            help="How many times as long as the engine before it the new one may take on a device.  [default: 2]",
+        ),
+        click.option("--selector", help="Conditions that a device must meet: sm>=87, machine=aarch64, cpu.dotprod=yes"),
+        click.option("--percent", type=click.FloatRange(0, 100), help="Of devices, how many take it.  [default: 100]"),
+    ):
+        function = decorate(function)
+    return function
+
+
+def reach(percent: float | None, selector: str | None, slowdown: float | None) -> Reach:
+    """Return what those flags say."""
+    from cnncc.fleet.rollout import Reach
+
+    return Reach(percent, selector, slowdown)
+
+
+def passphrase(role: str) -> str:
+    """Return what a role's keys are encrypted with: from the environment, else asked for at the terminal.
+
+    Raises:
+        UsageError: It is in neither.
+    """
+    for name in (f"{PASSPHRASE}_{role.upper().replace('-', '_')}", PASSPHRASE):
+        if found := os.environ.get(name):
+            return found
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"the keys of {role} are encrypted, and there is no terminal to ask at", hint=f"export {PASSPHRASE}=…"
+        )
+    return getpass.getpass(f"Passphrase of {role}: ")
+
+
+def open_named(name: str) -> Fleet:
+    """Return the fleet of a name."""
+    from cnncc.fleet.home import open_fleet
+
+    return open_fleet(name, passphrase)
+
+
+def name_and_version(text: str) -> tuple[str, str]:
+    """Split ``NAME@VERSION``.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    name, at, version = text.partition("@")
+    if not (name and at and version):
+        raise UsageError(f"'{text}' names no release", hint="as in vision@1.4.0")
+    return name, version
+
+
+def pointer_text(pointer: Pointer) -> str:
+    """Return a line about where a channel points."""
+    signed = pointer.signed
+    who = f"{signed.share / 100:g} %" + (f" of devices with {signed.selector}" if signed.selector else "")
+    return f"{pointer.channel}/{pointer.name}  {signed.version}, {who}{', paused' if signed.paused else ''}"
+
+
+def pointer_document(pointer: Pointer) -> dict[str, Any]:
+    """Return the same for ``--json``."""
+    import msgspec
+
+    signed = msgspec.to_builtins(pointer.signed)
+    return {
+        "channel": pointer.channel,
+        "name": pointer.name,
+        "digest": pointer.digest,
+        "before": pointer.before,
+        **signed,
+    }

@@ -1,0 +1,91 @@
+"""``cnncc publish``: bundles become a release in a fleet's registry."""
+
+from __future__ import annotations
+
+import getpass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cnncc.cli.fleet_options import open_named, pointer_document, pointer_text, reach, reach_options
+from cnncc.cli.main import common
+from cnncc.cli.render import Render, size_text
+from cnncc_runtime.errors import UsageError
+
+
+@click.command(name="publish")
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="The fleet: see `cnncc fleet trust init`.")
+@click.option("--version", "version", required=True, help="The release's, for good: 1.4.0")
+@click.option("--channel", help="Have this channel's devices take it.  [default: none takes it before `promote`]")
+@reach_options
+@click.option(
+    "--unproven",
+    multiple=True,
+    metavar="BUNDLE",
+    help="Publish this one although its parity is not passed; who did so is noted in it.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, send nothing.")
+@common
+def command(
+    render: Render,
+    *,
+    bundles: tuple[Path, ...],
+    name: str,
+    version: str,
+    channel: str | None,
+    percent: float | None,
+    selector: str | None,
+    slowdown: float | None,
+    unproven: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Publish BUNDLES as one release: an engine for each kind of device.
+
+    Bundles are checked to the last byte, and those whose parity nobody proved are refused. What the registry has
+    already is not sent again, so a publisher that was interrupted begins again where it was.
+    """
+    from cnncc.fleet.publish import check_bundles, publish
+    from cnncc.fleet.rollout import point
+
+    if channel is None and (percent, selector, slowdown) != (None, None, None):
+        raise UsageError("--percent, --selector and --slowdown are for a channel's devices", hint="add --channel")
+    allowed = dict.fromkeys((Path(each).name for each in unproven), getpass.getuser())
+    if unknown := allowed.keys() - {path.name for path in bundles}:
+        raise UsageError(f"--unproven names bundles that are not published: {', '.join(sorted(unknown))}")
+    fleet = open_named(name)
+    checked = check_bundles(bundles, unproven=allowed)
+    engines = [f"{bundle.manifest.target.device} {bundle.manifest.precision}" for bundle in checked]
+    if dry_run:
+        render.result(
+            {"dry_run": True, "name": name, "version": version, "engines": engines},
+            lambda: render.line(f"{name}@{version}  would be sent to {fleet.releases.place}: {', '.join(engines)}"),
+        )
+        return
+    render.stage("publish")
+    sizes: dict[str, int] = {}
+
+    def told(file: str, went: int, size: int) -> None:
+        sizes[file] = sizes.get(file, 0) + went
+        render.progress(file, sizes[file] / size if size else 1.0)
+
+    made = publish(checked, fleet.releases, version, unproven=allowed, progress=told)
+    document: dict[str, Any] = {
+        "name": name,
+        "version": version,
+        "digest": made.digest,
+        "engines": engines,
+        "bytes_sent": made.sent,
+    }
+    lines = [
+        f"{name}@{version}  published to {fleet.releases.place}: {', '.join(engines)}; {size_text(made.sent)} sent",
+    ]
+    if channel is None:
+        lines.append(f"  no device takes it before `cnncc fleet promote {name}@{version} --to CHANNEL`")
+    else:
+        with fleet.changing() as signing:
+            found = point(signing, fleet.releases, channel, fleet.name, version, reach(percent, selector, slowdown))
+        document["pointer"] = pointer_document(found)
+        lines.append(pointer_text(found))
+    render.result(document, lambda: render.line("\n".join(lines)))

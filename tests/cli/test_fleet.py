@@ -1,0 +1,165 @@
+"""A fleet's life at the command line: keys, releases, promotion, a device beside it, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import cnncc_runtime
+from cnncc.cli.fleet_options import PASSPHRASE
+from cnncc_runtime.agent.cli import cli as agent
+from cnncc_runtime.bundle import read_bundle, write_bundle
+from tests.cli.conftest import Digits
+from tests.cli.harness import Outcome, call
+from tests.oci import registries
+from tests.oci.registries import Registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with registries.registry(tmp_path / "registry") as running:
+        yield running
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the publisher's fleets."""
+    monkeypatch.setenv("CNNCC_FLEET_HOME", str(tmp_path / "fleets"))
+    monkeypatch.setenv(PASSPHRASE, "a long passphrase")
+    return tmp_path / "fleets"
+
+
+def begin(registry: Registry) -> Outcome:
+    return call("fleet", "trust", "init", "--registry", registry.url, "--name", "digits")
+
+
+def device(folder: Path, *arguments: str | Path, code: int = 0) -> str:
+    result = CliRunner().invoke(agent, ["--folder", str(folder), *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def rebuilt(bundle: Path, folder: Path, version: str) -> Path:
+    """Return another build of a bundle."""
+    made = read_bundle(bundle)
+    path = folder / f"digits-{version}.cnncc"
+    path.mkdir(parents=True)
+    files = {name: (record.role, bundle / name) for name, record in made.manifest.files.items()}
+    write_bundle(path, replace(made.manifest, toolchain={**made.manifest.toolchain, "build": version}), dict(files))
+    return path
+
+
+def test_from_a_compiled_bundle_to_a_device_that_runs_it(
+    registry: Registry, home: Path, digits: Digits, tmp_path: Path
+) -> None:
+    said = begin(registry).stdout
+    root = home / "digits" / "root.json"
+    assert f"enroll devices with {root}" in said
+    lab = tmp_path / "lab"
+    device(lab, "enroll", "--root", root, "--registry", registry.url, "--name", "digits", "--device", "lab-1")
+
+    dry = call("publish", digits.bundle, "--name", "digits", "--version", "1.0.0", "--dry-run").stdout
+    assert "would be sent to" in dry
+    assert not registry.repository("digits").has("1.0.0")
+    published = call("publish", digits.bundle, "--name", "digits", "--version", "1.0.0").stdout
+    assert "no device takes it before" in published
+    device(lab, "once", code=10)
+
+    call("fleet", "promote", "digits@1.0.0", "--to", "canary")
+    device(lab, "once", code=10)
+    promoted = call("fleet", "promote", "digits@1.0.0", "--from", "canary", "--to", "stable", "--json").document
+    assert (promoted["channel"], promoted["version"], promoted["share"]) == ("stable", "1.0.0", 10000)
+    assert "✓ runs release 1.0.0" in device(lab, "once")
+    x = np.random.default_rng(0).random((1, 3, 28, 28), np.float32)
+    with cnncc_runtime.load(lab / "state/current/bundle.cnncc") as model:
+        np.testing.assert_allclose(model(x), digits.expected(x), rtol=1e-3, atol=1e-4)
+
+    newer = rebuilt(digits.bundle, tmp_path, "1.1.0")
+    flags = ("--channel", "stable", "--percent", "0")
+    call("publish", newer, "--name", "digits", "--version", "1.1.0", *flags)
+    assert "it is for 0 % of the devices" in device(lab, "once", code=10)
+    call("fleet", "pause", "digits")
+    call("fleet", "promote", "digits@1.1.0", "--to", "stable", "--percent", "100")
+    assert "its rollout is paused" in device(lab, "once", code=10)
+    assert "paused" in call("fleet", "status", "digits").stdout
+    call("fleet", "resume", "digits")
+    assert "✓ runs release 1.1.0" in device(lab, "once")
+    status = call("fleet", "status", "digits", "--json").document["channels"]
+    assert {(each["channel"], each["version"], each["before"]) for each in status} == {
+        ("stable", "1.1.0", "1.0.0"),
+        ("canary", "1.0.0", ""),
+    }
+    call("fleet", "rollback", "digits")
+    assert "✓ runs release 1.0.0" in device(lab, "once")
+
+    call("fleet", "promote", "digits@1.1.0", "--to", "stable")
+    archive = tmp_path / "release.tar"
+    assert "1 engines" in call("fleet", "export", "digits", "-o", archive).stdout
+    registry.process.kill()
+    registry.process.wait()
+    assert "✓ runs release 1.1.0" in device(lab, "install", archive)
+
+
+def test_keys_are_shown_rotated_and_signed_again(registry: Registry, home: Path) -> None:
+    begin(registry)
+    roles = {role["name"]: role for role in call("fleet", "trust", "show", "digits", "--json").document["roles"]}
+    assert set(roles) == {"root", "targets", "snapshot", "timestamp", "stable", "canary"}
+    assert (roles["root"]["threshold"], len(roles["root"]["keys"]), roles["root"]["here"]) == (2, 3, 3)
+    call("fleet", "trust", "rotate", "digits", "stable")
+    call("fleet", "trust", "refresh", "digits")
+    again = {role["name"]: role for role in call("fleet", "trust", "show", "digits", "--json").document["roles"]}
+    assert again["stable"]["keys"] != roles["stable"]["keys"]
+    assert again["timestamp"]["version"] == roles["timestamp"]["version"] + 2
+    for path in sorted((home / "digits").glob("root-*.pem"))[:2]:
+        path.rename(path.with_suffix(".away"))
+    refused = call("fleet", "trust", "rotate", "digits", "root", code=3)
+    assert "cannot" in refused.stderr
+    assert "good for" in call("fleet", "trust", "show", "digits").stdout
+
+
+def test_what_cannot_be_is_refused(
+    registry: Registry, home: Path, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = call("publish", digits.bundle, "--name", "digits", "--version", "1.0.0", code=2)
+    assert "this machine knows no fleet 'digits'" in refused.stderr
+    begin(registry)
+    assert (
+        "holds a fleet already"
+        in call("fleet", "trust", "init", "--registry", registry.url, "--name", "digits", code=2).stderr
+    )
+    assert "one of digits" in call("fleet", "status", "digit", code=2).stderr
+
+    pending = tmp_path / "pending.cnncc"
+    made = read_bundle(digits.bundle)
+    pending.mkdir()
+    files = {name: (record.role, digits.bundle / name) for name, record in made.manifest.files.items()}
+    write_bundle(pending, replace(made.manifest, parity="pending"), dict(files))
+    release = ("--name", "digits", "--version", "1.0.0")
+    assert "nobody proved" in call("publish", pending, *release, code=1).stderr
+    call("publish", pending, *release, "--unproven", pending)
+    assert "not published" in call("publish", digits.bundle, *release, "--unproven", "other", code=2).stderr
+    assert "has another release 1.0.0" in call("publish", digits.bundle, *release, code=2).stderr
+    assert "add --channel" in call("publish", pending, *release, "--percent", "5", code=2).stderr
+
+    assert "no channel 'beta'" in call("fleet", "promote", "digits@1.0.0", "--to", "beta", code=2).stderr
+    assert "names no release" in call("fleet", "promote", "digits", "--to", "stable", code=2).stderr
+    call("fleet", "promote", "digits@9", "--to", "stable", code=20)
+    assert "has no release" in call("fleet", "pause", "digits", code=2).stderr
+    call("fleet", "promote", "digits@1.0.0", "--to", "stable")
+    assert "nothing else" in call("fleet", "rollback", "digits", code=2).stderr
+    wrong = call("fleet", "promote", "digits@1.0.0", "--to", "stable", "--selector", "sm >", code=2)
+    assert "not by the rules" in wrong.stderr
+    monkeypatch.setenv(PASSPHRASE, "wrong")
+    assert "does not open" in call("fleet", "pause", "digits", code=2).stderr
+    registry.process.kill()
+    registry.process.wait()
+    shutil.rmtree(registry.folder)
+    assert "could not be reached" in call("fleet", "status", "digits", code=20).stderr
