@@ -1,0 +1,142 @@
+"""The status collector over HTTP: who may report, who may look, and what is shown."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+import requests
+import uvicorn
+
+from cnncc.fleet.collector.app import make_app
+from cnncc.fleet.collector.store import DEVICE, VIEWER, Store
+from cnncc_runtime.agent.reports import FAILED, INSTALLED, WENT_BACK, Report, Spool
+from cnncc_runtime.errors import UsageError
+
+
+@dataclass
+class Running:
+    url: str
+    store: Store
+
+
+@pytest.fixture
+def collector(tmp_path: Path) -> Iterator[Running]:
+    store = Store(f"sqlite:///{tmp_path / 'fleet.db'}")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(make_app(store), log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", store)
+        server.should_exit = True
+        thread.join()
+    store.close()
+
+
+def report(device: str = "lab-1", outcome: str = INSTALLED, **changes: object) -> Report:
+    made = Report(device, "vision", "stable", outcome, "1.0.0", 1, "ab" * 32, 1e9, 0.004, machine="aarch64")
+    return msgspec.structs.replace(made, **changes)
+
+
+def post(collector: Running, token: str, body: Report | bytes) -> int:
+    data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    answer = requests.post(
+        f"{collector.url}/reports", data=data, headers={"Authorization": f"Bearer {token}"}, timeout=10
+    )
+    return answer.status_code
+
+
+def test_reports_are_taken_and_shown(collector: Running, tmp_path: Path) -> None:
+    token = collector.store.issue(DEVICE, "*")
+    spool = Spool(tmp_path / "reports")
+    for number in range(8):
+        spool.add(report(f"lab-{number}", latency=0.001 * (number + 1)))
+    spool.add(report("lab-8", FAILED, latency=0.0, error="HealthCheckFailed", message="output <b>y</b> is off"))
+    spool.add(report("lab-9", WENT_BACK))
+    assert spool.send(f"{collector.url}/reports", token) == 10
+    viewer = collector.store.issue(VIEWER, "engineer")
+    told = requests.get(
+        f"{collector.url}/status.json", headers={"Authorization": f"Bearer {viewer}"}, timeout=10
+    ).json()
+    [release] = told["releases"]
+    assert (release["installed"], release["failed"], release["back"], release["failing"]) == (8, 1, 1, 20.0)
+    assert release["latency"] == pytest.approx(0.0045)
+    assert release["problems"] == [["output <b>y</b> is off", 1]]
+    assert len(told["devices"]) == 10
+    page = requests.get(collector.url, auth=("anybody", viewer), timeout=10)
+    assert "10 devices reported" in page.text
+    assert "output &lt;b&gt;y&lt;/b&gt; is off" in page.text, "what devices say is text, never markup"
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+def test_a_device_counts_by_its_last_word(collector: Running) -> None:
+    token = collector.store.issue(DEVICE, "*")
+    for number, outcome in enumerate((FAILED, INSTALLED, INSTALLED)):
+        assert post(collector, token, report(outcome=outcome, time=1e9 + number)) == 204
+    assert post(collector, token, report(outcome=INSTALLED, time=1e9 + 2)) == 204  # again: its answer was lost
+    assert post(collector, token, report(version="1.1.0", sequence=2, outcome=FAILED, time=2e9)) == 204
+    newer, older = collector.store.progress()
+    assert (newer.version, newer.installed, newer.failed) == ("1.1.0", 0, 1)
+    assert (older.version, older.installed, older.failed) == ("1.0.0", 1, 0)
+    [device] = collector.store.devices()
+    assert (device.version, device.outcome) == ("1.1.0", FAILED)
+
+
+def test_who_has_no_token_neither_reports_nor_looks(collector: Running) -> None:
+    device, viewer = collector.store.issue(DEVICE, "lab-1"), collector.store.issue(VIEWER, "engineer")
+    for token in ("", "wrong", viewer):
+        assert post(collector, token, report()) == 401
+    assert post(collector, device, report("lab-2")) == 403, "a device speaks for itself alone"
+    assert post(collector, device, report("lab-1")) == 204
+    for path in ("/", "/status.json"):
+        for headers in ({}, {"Authorization": f"Bearer {device}"}, {"Authorization": "Basic %%%"}):
+            answer = requests.get(collector.url + path, headers=headers, timeout=10)
+            assert answer.status_code == 401
+            assert "lab-1" not in answer.text
+    assert requests.get(f"{collector.url}/healthz", timeout=10).text == "ok"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"[]", 400),
+        (b"[" * 60_000, 400),
+        (b"\xff", 400),
+        (b"x" * 70_000, 413),
+        (msgspec.json.encode(report(outcome="fine")), 422),
+        (msgspec.json.encode(report(device="")), 422),
+        (msgspec.json.encode(report(device="x" * 300)), 422),
+        (msgspec.json.encode(report(message="a\nb")), 422),
+        (msgspec.json.encode(report(sequence=-1)), 422),
+        (msgspec.json.encode(report(latency=-1.0)), 422),
+        (msgspec.json.encode(report(time=1e300)), 422),
+    ],
+)
+def test_what_is_no_report_is_refused(collector: Running, body: bytes, status: int) -> None:
+    assert post(collector, collector.store.issue(DEVICE, "*"), body) == status
+    assert collector.store.devices() == ()
+
+
+def test_a_database_holds_no_token_and_is_found_again(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path / 'fleet.db'}"
+    store = Store(address)
+    token = store.issue(DEVICE, "lab-1")
+    store.add(report())
+    store.close()
+    assert token.encode() not in (tmp_path / "fleet.db").read_bytes()
+    again = Store(address)
+    assert again.holder(DEVICE, token) == "lab-1"
+    assert len(again.devices()) == 1
+    again.close()
+    for wrong in ("", "fleet.db", "nonsense://x"):
+        with pytest.raises(UsageError, match="is no database"):
+            Store(wrong)
