@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import click
+from msgspec import to_builtins
 
 from cnncc.cli.fleet_options import (
     name_and_version,
@@ -136,16 +139,7 @@ def rotate(render: Render, *, name: str, role: str) -> None:
 @click.option("--to", "channel", required=True, help="The channel whose devices shall have it.")
 @reach_options
 @common
-def promote(
-    render: Render,
-    *,
-    release: str,
-    source: str | None,
-    channel: str,
-    percent: float | None,
-    selector: str | None,
-    slowdown: float | None,
-) -> None:
+def promote(render: Render, *, release: str, source: str | None, channel: str, **given: Any) -> None:
     """Have a channel's devices take a release, or more of them: the same ones, and others."""
     from cnncc.fleet.rollout import point, pointer
     from cnncc_runtime.errors import UsageError
@@ -155,7 +149,7 @@ def promote(
     with fleet.changing() as signing:
         if source is not None and (found := pointer(signing, source, fleet.name)).signed.version != version:
             raise UsageError(f"{source} points to {found.signed.version}, not to {version}")
-        made = point(signing, fleet.releases, channel, fleet.name, version, reach(percent, selector, slowdown))
+        made = point(signing, fleet.releases, channel, fleet.name, version, reach(given))
     render.result(pointer_document(made), lambda: render.line(pointer_text(made)))
 
 
@@ -250,3 +244,117 @@ def export(render: Render, *, name: str, channel: str, output: Path) -> None:
         {"archive": str(output), "digest": made.digest, "engines": made.engines, "bytes": made.size},
         lambda: render.line(f"{output}  {made.engines} engines, {size_text(made.size)}"),
     )
+
+
+_COLLECTOR = click.option("--collector", required=True, help="https://HOST, where `cnncc fleet serve` runs.")
+_TOKEN = click.option(
+    "--token", envvar="CNNCC_FLEET_TOKEN", required=True, help="Of a viewer.  [default: $CNNCC_FLEET_TOKEN]"
+)
+_DATABASE = click.option(
+    "--database", default="sqlite:///fleet.db", show_default=True, help="As SQLAlchemy names it: postgresql+psycopg://…"
+)
+
+
+@command.command(name="watch")
+@click.argument("name")
+@_COLLECTOR
+@_TOKEN
+@click.option("--every", type=click.FloatRange(1), metavar="SECONDS", help="Again and again.  [default: once]")
+@click.option("--ca", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificates, PEM.")
+@common
+def watch(render: Render, *, name: str, collector: str, token: str, every: float | None, ca: Path | None) -> None:
+    """Say how a fleet's rollouts go, and pause those that fail too often (`--halt-on-failure-pct`).
+
+    The collector has no keys: whoever watches signs the pause. Exits with 1 when it paused one.
+    """
+    from cnncc.fleet.watch import Seen, ask, look
+    from cnncc_runtime.errors import NetworkFailed
+
+    fleet = open_named(name)
+
+    def text(seen: tuple[Seen, ...]) -> None:
+        for each in seen:
+            went = each.release
+            said = f"{went.installed} of {went.reports} run it, {went.failing:.1f} % fail" if went else "no reports yet"
+            render.line(f"{pointer_text(each.pointer)}: {said}{'; PAUSED NOW' if each.halted else ''}")
+
+    while True:
+        try:
+            seen = look(fleet, ask(collector, token, ca))
+        except NetworkFailed as exc:
+            if every is None:
+                raise
+            render.note(exc.message)
+            seen = ()
+        if every is None:
+            break
+        text(seen)
+        time.sleep(every)
+    document = [
+        {"pointer": pointer_document(each.pointer), "release": to_builtins(each.release), "halted": each.halted}
+        for each in seen
+    ]
+    render.result({"channels": document}, lambda: text(seen))
+    if any(each.halted for each in seen):
+        raise click.exceptions.Exit(1)
+
+
+@command.command(name="token")
+@click.argument("kind", type=click.Choice(["device", "viewer"]))
+@click.argument("holder")
+@_DATABASE
+@common
+def token(render: Render, *, kind: str, holder: str, database: str) -> None:
+    """Make a token for the collector: a device may report as HOLDER (`*`: as any), a viewer may look.
+
+    It is shown once; the database keeps its digest alone.
+    """
+    from cnncc.fleet.collector.store import Store
+
+    store = Store(database)
+    made = store.issue(kind, holder)
+    store.close()
+    render.result({"kind": kind, "holder": holder, "token": made}, lambda: render.line(made))
+
+
+@command.command(name="serve")
+@_DATABASE
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8380, show_default=True)
+@click.option("--certificate", type=click.Path(exists=True, dir_okay=False), help="PEM, with its chain.")
+@click.option("--private-key", type=click.Path(exists=True, dir_okay=False), help="Of the certificate, PEM.")
+@click.option("--behind-proxy", is_flag=True, help="A proxy before it speaks TLS.")
+@common
+def serve(
+    render: Render,
+    *,
+    database: str,
+    host: str,
+    port: int,
+    certificate: str | None,
+    private_key: str | None,
+    behind_proxy: bool,
+) -> None:
+    """Take devices' reports and show how rollouts go, until it is stopped."""
+    import uvicorn
+
+    from cnncc.fleet.collector.app import make_app
+    from cnncc.fleet.collector.store import Store
+    from cnncc_runtime.errors import UsageError
+    from cnncc_runtime.oci.place import is_loopback
+
+    if not (is_loopback(host) or certificate or behind_proxy):
+        raise UsageError(
+            f"{host} is reached from other machines, and tokens would pass unencrypted",
+            hint="--certificate and --private-key, or --behind-proxy where a proxy speaks TLS",
+        )
+    store = Store(database)
+    scheme = "https" if certificate else "http"
+    render.err.print(f"collector at {scheme}://{host}:{port}; reports go to {scheme}://{host}:{port}/reports")
+    try:
+        uvicorn.run(
+            make_app(store), host=host, port=port, ssl_certfile=certificate, ssl_keyfile=private_key,
+            log_level="warning", lifespan="off",
+        )  # fmt: skip
+    finally:
+        store.close()

@@ -26,6 +26,15 @@ def reach_options(function: F) -> F:
     """Add the flags that say who shall have a release."""
     for decorate in (
         click.option(
+            "--halt-after", type=click.IntRange(1), metavar="DEVICES", help="…once so many reported.  [default: 20]"
+        ),
+        click.option(
+            "--halt-on-failure-pct",
+            type=click.FloatRange(0, 100),
+            metavar="PERCENT",
+            help="Pause the rollout where more devices fail (`cnncc fleet watch`).  [default: never]",
+        ),
+        click.option(
             "--slowdown",
             type=float,
             metavar="TIMES",
@@ -38,11 +47,15 @@ def reach_options(function: F) -> F:
     return function
 
 
-def reach(percent: float | None, selector: str | None, slowdown: float | None) -> Reach:
-    """Return what those flags say."""
+REACH = ("percent", "selector", "slowdown", "halt_on_failure_pct", "halt_after")
+"""The parameters of `reach_options`."""
+
+
+def reach(given: dict[str, Any]) -> Reach:
+    """Return what those flags say, and take them out of a command's parameters."""
     from cnncc.fleet.rollout import Reach
 
-    return Reach(percent, selector, slowdown)
+    return Reach(*(given.pop(name) for name in REACH))
 
 
 def passphrase(role: str) -> str:

@@ -35,11 +35,9 @@ def command(
     name: str,
     version: str,
     channel: str | None,
-    percent: float | None,
-    selector: str | None,
-    slowdown: float | None,
     unproven: tuple[str, ...],
     dry_run: bool,
+    **given: Any,
 ) -> None:
     """Publish BUNDLES as one release: an engine for each kind of device.
 
@@ -47,10 +45,11 @@ def command(
     already is not sent again, so a publisher that was interrupted begins again where it was.
     """
     from cnncc.fleet.publish import check_bundles, publish
-    from cnncc.fleet.rollout import point
+    from cnncc.fleet.rollout import Reach, point
 
-    if channel is None and (percent, selector, slowdown) != (None, None, None):
-        raise UsageError("--percent, --selector and --slowdown are for a channel's devices", hint="add --channel")
+    whose = reach(given)
+    if channel is None and whose != Reach():
+        raise UsageError("who shall have a release is said of a channel's devices", hint="add --channel")
     allowed = dict.fromkeys((Path(each).name for each in unproven), getpass.getuser())
     if unknown := allowed.keys() - {path.name for path in bundles}:
         raise UsageError(f"--unproven names bundles that are not published: {', '.join(sorted(unknown))}")
@@ -85,7 +84,7 @@ def command(
         lines.append(f"  no device takes it before `cnncc fleet promote {name}@{version} --to CHANNEL`")
     else:
         with fleet.changing() as signing:
-            found = point(signing, fleet.releases, channel, fleet.name, version, reach(percent, selector, slowdown))
+            found = point(signing, fleet.releases, channel, fleet.name, version, whose)
         document["pointer"] = pointer_document(found)
         lines.append(pointer_text(found))
     render.result(document, lambda: render.line("\n".join(lines)))

@@ -7,7 +7,8 @@ have it do not try it again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -27,11 +28,27 @@ class Reach:
         percent: Of the devices, to a hundredth.
         selector: Conditions that a device must meet.
         slowdown: How many times as long as the engine before it may take.
+        halt: Percent of failing devices above which the rollout is paused (`cnncc.fleet.watch`).
+        least: Devices that must have reported before it is.
     """
 
     percent: float | None = None
     selector: str | None = None
     slowdown: float | None = None
+    halt: float | None = None
+    least: int | None = None
+
+
+class Halt(msgspec.Struct, frozen=True):
+    """When a rollout is paused; signed with the release, and for its publisher alone.
+
+    Attributes:
+        failing: Devices that fail, of ten thousand: more pause it.
+        least: Devices that must have reported.
+    """
+
+    failing: int
+    least: int = 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,7 @@ class Pointer:
         digest: Of the release's index.
         signed: What is signed with it.
         before: The version that the channel pointed to before; empty for none.
+        halt: When the rollout is paused; None for never.
     """
 
     channel: str
@@ -51,6 +69,14 @@ class Pointer:
     digest: str
     signed: Signed
     before: str = ""
+    halt: Halt | None = None
+
+
+class _Own(msgspec.Struct):
+    """What is signed for the publisher, beside `Signed`."""
+
+    before: str = ""
+    halt: Halt | None = None
 
 
 def pointers(signing: Signing, name: str) -> tuple[Pointer, ...]:
@@ -67,11 +93,9 @@ def pointers(signing: Signing, name: str) -> tuple[Pointer, ...]:
     for channel in signing.channels:
         target = signing.released(channel).get(f"{channel}/{name}")
         if target is not None:
-            custom = target.custom or {}
-            signed = read_signed(custom)
-            before = custom.get("before", "")
+            signed, own = read_signed(target.custom or {}), _own(target.custom or {})
             digest = f"sha256:{target.hashes['sha256']}"
-            found.append(Pointer(channel, name, digest, signed, before if isinstance(before, str) else ""))
+            found.append(Pointer(channel, name, digest, signed, own.before, own.halt))
     return tuple(found)
 
 
@@ -113,10 +137,13 @@ def point(
         if same and before
         else Signed(version, 1 + (before.signed.sequence if before else 0), salt=version)
     )
-    signed = _reached(msgspec.structs.replace(old, repository=str(repository.place)), reach or Reach())
+    reach = reach or Reach()
+    signed = _reached(msgspec.structs.replace(old, repository=str(repository.place)), reach)
     last = (before.before if same else before.signed.version) if before else ""
-    _sign(signing, channel, name, index, signed, last)
-    return Pointer(channel, name, digest_bytes(index), signed, last)
+    halt = _halt(before.halt if same and before else None, reach)
+    made = Pointer(channel, name, digest_bytes(index), signed, last, halt)
+    _sign(signing, made, index)
+    return made
 
 
 def pause(signing: Signing, repository: Repository, channel: str, name: str, *, paused: bool) -> Pointer:
@@ -128,9 +155,9 @@ def pause(signing: Signing, repository: Repository, channel: str, name: str, *, 
     found = pointer(signing, channel, name)
     if found.signed.paused == paused:
         raise UsageError(f"{channel}/{name} is {'paused' if paused else 'not paused'}")
-    signed = msgspec.structs.replace(found.signed, paused=paused)
-    _sign(signing, channel, name, repository.manifest(found.digest), signed, found.before)
-    return Pointer(channel, name, found.digest, signed, found.before)
+    made = replace(found, signed=msgspec.structs.replace(found.signed, paused=paused))
+    _sign(signing, made, repository.manifest(found.digest))
+    return made
 
 
 def go_back(signing: Signing, repository: Repository, channel: str, name: str, version: str = "") -> Pointer:
@@ -175,6 +202,23 @@ def _reached(signed: Signed, reach: Reach) -> Signed:
     return msgspec.structs.replace(signed, **changes)
 
 
-def _sign(signing: Signing, channel: str, name: str, index: bytes, signed: Signed, before: str) -> None:
-    custom = msgspec.to_builtins(signed)
-    signing.release(channel, name, index, {**custom, "before": before})
+def _halt(old: Halt | None, reach: Reach) -> Halt | None:
+    if reach.halt is None:
+        if reach.least is not None:
+            raise UsageError("--halt-after says nothing without --halt-on-failure-pct")
+        return old
+    if not 0 <= reach.halt <= 100 or (reach.least is not None and reach.least < 1):
+        raise UsageError("a rollout is halted above 0 to 100 % of at least one device")
+    return Halt(round(reach.halt * 100), reach.least or Halt(0).least)
+
+
+def _own(custom: Mapping[str, Any]) -> _Own:
+    try:
+        return msgspec.convert(dict(custom), _Own)
+    except msgspec.ValidationError as exc:
+        raise VerificationFailed(f"what is signed with the release is not by the rules: {exc}") from exc
+
+
+def _sign(signing: Signing, made: Pointer, index: bytes) -> None:
+    own = msgspec.to_builtins(_Own(made.before, made.halt))
+    signing.release(made.channel, made.name, index, {**msgspec.to_builtins(made.signed), **own})

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from click.testing import CliRunner
 
 import cnncc_runtime
 from cnncc.cli.fleet_options import PASSPHRASE
 from cnncc_runtime.agent.cli import cli as agent
+from cnncc_runtime.agent.reports import FAILED, INSTALLED, Report, Spool
 from cnncc_runtime.bundle import read_bundle, write_bundle
 from tests.cli.conftest import Digits
-from tests.cli.harness import Outcome, call
+from tests.cli.harness import Outcome, call, start
 from tests.oci import registries
 from tests.oci.registries import Registry
 
@@ -163,3 +169,54 @@ def test_what_cannot_be_is_refused(
     registry.process.wait()
     shutil.rmtree(registry.folder)
     assert "could not be reached" in call("fleet", "status", "digits", code=20).stderr
+
+
+def test_a_rollout_that_fails_too_often_is_paused(
+    registry: Registry, home: Path, digits: Digits, tmp_path: Path
+) -> None:
+    begin(registry)
+    halt = ("--halt-on-failure-pct", "10", "--halt-after", "10")
+    call("publish", digits.bundle, "--name", "digits", "--version", "1.0.0", "--channel", "stable", *halt)
+    database = f"sqlite:///{tmp_path / 'fleet.db'}"
+    device_token, viewer_token = (
+        call("fleet", "token", kind, "lab", "--database", database).stdout.strip() for kind in ("device", "viewer")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serving = start("fleet", "serve", "--database", database, "--port", str(port))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        assert serving.stderr is not None
+        assert url in serving.stderr.readline()
+        watch = ("fleet", "watch", "digits", "--collector", url, "--token", viewer_token)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with contextlib.suppress(requests.ConnectionError):
+                requests.get(f"{url}/healthz", timeout=5)
+                break
+        assert "no reports yet" in call(*watch).stdout
+        spool = Spool(tmp_path / "reports")
+        for number in range(9):
+            outcome = FAILED if number < 2 else INSTALLED
+            spool.add(Report("lab", "digits", "stable", outcome, "1.0.0", 1, "", float(number)))
+        assert spool.send(f"{url}/reports", device_token) == 9
+        # the token is of one device, which counts once
+        assert "1 of 1 run it" in call(*watch).stdout
+        every = call("fleet", "token", "device", "*", "--database", database).stdout.strip()
+        for number in range(12):
+            outcome = FAILED if number < 2 else INSTALLED
+            spool.add(Report(f"d{number}", "digits", "stable", outcome, "1.0.0", 1, "", float(number), message="off"))
+        spool.send(f"{url}/reports", every)
+        assert "PAUSED NOW" in call(*watch, code=1).stdout
+        assert "paused" in call("fleet", "status", "digits").stdout
+        assert "PAUSED NOW" not in call(*watch).stdout
+        refused = call("fleet", "watch", "digits", "--collector", url, "--token", device_token, code=20)
+        assert "does not know the token" in refused.stderr
+    finally:
+        serving.send_signal(signal.SIGINT)
+        serving.communicate(timeout=60)
+
+
+def test_the_collector_is_open_to_nobody_without_tls(tmp_path: Path) -> None:
+    said = call("fleet", "serve", "--host", "0.0.0.0", "--database", f"sqlite:///{tmp_path / 'x.db'}", code=2).stderr
+    assert "tokens would pass unencrypted" in said
