@@ -21,12 +21,13 @@ FONTS := fonts-adf-accanthis fonts-adf-gillius fonts-adf-universalis fonts-averi
     fonts-quicksand fonts-roboto-unhinted fonts-sil-charis fonts-sil-gentium fonts-texgyre fonts-tuffy fonts-urw-base35 \
     fonts-vollkorn fonts-yanone-kaffeesatz
 
-# What the tests run engines for AArch64 with: qemu, and a C compiler with the C and C++ libraries of that machine; and
-# kernels for 32-bit ARM and RISC-V
-AARCH64 := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross \
-    gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross
+# What the tests run engines for ARM and RISC-V with: qemu, and C and C++ compilers with those machines' libraries
+AARCH64 := qemu-user g++-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm64-cross \
+    g++-arm-linux-gnueabihf libc6-dev-armhf-cross g++-riscv64-linux-gnu libc6-dev-riscv64-cross
+# What predicts cycles of their kernels
+LLVM_MCA := llvm-19
 
-.PHONY: help setup demo test test-gpu aarch64 cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+.PHONY: help setup demo test test-gpu slow aarch64 cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,8 +35,9 @@ help:
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
+	@echo 'make slow    what takes minutes: ResNet-18 for a Raspberry Pi 5 under QEMU, heavy architectures'
 	@echo 'make aarch64   what the tests run engines for ARM and RISC-V with; Debian packages only as root'
-	@echo 'make cnncc-run   the C program that runs bundles on devices, for this machine and each with a cross compiler here'
+	@echo 'make cnncc-run   the C program that runs bundles on devices, and TVM'"'"'s runtime, for each machine with a compiler here'
 	@echo 'make tensorrt   the bindings of TensorRT 10 and 11 that the tests hold our calls against'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
 	@echo 'make bench   every network beside every peer, on 1 and 2 threads; BENCH=... narrows it'
@@ -60,22 +62,31 @@ $(VENV)/.ready: pyproject.toml runtime/pyproject.toml Makefile
 demo: setup
 	$(BIN)/python examples/digits/demo.py
 
+# A file of tests is one worker's, so that what it makes for all of them is made once
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
+
 test: setup aarch64 tensorrt
-	$(BIN)/pytest -m 'not slow and not zoo and not gpu'
-	$(BIN)/pytest -m 'slow and not zoo and not gpu'
+	$(BIN)/pytest $(WORKERS) -m 'not slow and not zoo and not gpu'
+	$(BIN)/pytest $(WORKERS) -m 'slow and not zoo and not gpu'
 
 # On a machine with an NVIDIA GPU: without one, every test of it fails
 test-gpu: setup
 	$(BIN)/pytest -m gpu tests/gpu
 
+# What CI has no time for: minutes of emulation, and networks of hundreds of megabytes
+slow: setup aarch64
+	$(BIN)/pytest -m zoo --durations=0
+
 # Where something of it cannot be had, tests say that they were skipped; in CI they fail
 aarch64: build/aarch64/.ready
-	@if ! dpkg-query -W $(AARCH64) >/dev/null 2>&1; then \
+	@if ! dpkg-query -W $(AARCH64) $(LLVM_MCA) >/dev/null 2>&1; then \
 	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	        apt-get update -qq || true; \
-	        apt-get install --yes -qq --no-install-recommends $(AARCH64) || true; \
+	        for packages in '$(AARCH64)' '$(LLVM_MCA)'; do \
+	            apt-get install --yes -qq --no-install-recommends $$packages || true; \
+	        done; \
 	    else \
-	        echo 'not root, or no Debian: to test engines for ARM and RISC-V too, install $(AARCH64)'; \
+	        echo 'not root, or no Debian: to test engines for ARM and RISC-V too, install $(AARCH64) $(LLVM_MCA)'; \
 	    fi; \
 	fi
 
@@ -85,17 +96,20 @@ build/aarch64/.ready: pyproject.toml | setup
 	    --platform manylinux_2_28_aarch64 --dest $(@D) $$($(BIN)/pip freeze | grep '^apache-tvm') && touch $@ || \
 	    echo 'no libraries of TVM for AArch64 could be downloaded'
 
-# What a device without Python runs bundles with; a compiler for each machine
-RUNNERS := $(shell uname -m):cc aarch64:aarch64-linux-gnu-gcc arm:arm-linux-gnueabihf-gcc
+# What a device without Python runs bundles with; a compiler for each machine, whose name with g++ compiles C++
+RUNNERS := $(shell uname -m):gcc aarch64:aarch64-linux-gnu-gcc arm:arm-linux-gnueabihf-gcc \
+    riscv64:riscv64-linux-gnu-gcc
 
 cnncc-run: setup
 	@for runner in $(RUNNERS); do \
 	    machine=$${runner%%:*} compiler=$${runner#*:}; \
-	    if command -v $$compiler >/dev/null; then \
+	    folder=$(abspath build/cnncc-run)/$$machine; \
+	    if command -v $$compiler >/dev/null && command -v $${compiler/gcc/g++} >/dev/null; then \
 	        $(MAKE) --no-print-directory -C runtime/c PYTHON=$(abspath $(BIN)/python) CC=$$compiler \
-	            OUT=$(abspath build/cnncc-run/$$machine/cnncc-run); \
+	            CXX=$${compiler/gcc/g++} OUT=$$folder/cnncc-run RUNTIME=$$folder/libtvm_runtime.so \
+	            $$folder/cnncc-run runtime; \
 	    else \
-	        echo "none for $$machine: there is no $$compiler here"; \
+	        echo "none for $$machine: there is no $$compiler with its g++ here"; \
 	    fi; \
 	done
 
@@ -117,7 +131,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest -q -m 'not slow and not zoo and not gpu'
+	$(BIN)/pytest -q $(WORKERS) -m 'not slow and not zoo and not gpu'
 
 # BENCH passes arguments on: make bench BENCH='resnet18 unet --threads 1 --repeat 3 --output build/peers.json'
 bench: setup $(VENV)/.peers

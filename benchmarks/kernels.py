@@ -5,7 +5,8 @@ they were computed directly (Winograd's method may exceed it); everything else i
 writes. With `--precision int8`, kernels that multiply int8 are given in GOP/s and as a share of the integer peak;
 depthwise convolutions, which multiply the same steps as float32, as a share of the peak of float32. `ms` is all calls
 of a kernel that runs alone, its tensors in caches; `inside`, the same calls within an inference, where weights come
-from memory. The sums of both stand beside the latency of the whole network.
+from memory. The sums of both stand beside the latency of the whole network. `loop` is the share of the peak
+that LLVM's model of this CPU predicts for a kernel's inner loop: where `% peak` is far below, time goes elsewhere.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.models import Network, find  # noqa: E402
 from benchmarks.peak import UNITS, measure_peak  # noqa: E402
 from benchmarks.peers import parse_threads, quantized  # noqa: E402
 from cnncc.compiler import compile  # noqa: E402
+from cnncc.compiler.bench.prediction import predict_bundle  # noqa: E402
 from cnncc.compiler.inspection import summarize  # noqa: E402
 from cnncc.compiler.pipeline import FP32, INT8, CompileRequest  # noqa: E402
 from cnncc.graph.onnx_graph import OnnxGraph  # noqa: E402
@@ -123,10 +125,22 @@ def measure(network: Network, threads: Sequence[int], rounds: int, precision: st
         graph = load_trusted(bundle.file(REFERENCE))
         kernels = find_kernels(graph, next(iter(bundle.manifest.engine.entries.values())))
         macs = [layer.macs for layer in summarize(graph).layers]
+        predicted, problem = predict_shares(path)
+        if problem:
+            yield f"{network.name}: inner loops are not predicted: {problem}"
         for count in threads:
             times = time_kernels(path, kernels, count, rounds)
             peaks = {each: measure_peak(count, each) for each in dict.fromkeys((precision, FP32))}
-            yield from table(network.name, kernels, times, macs, peaks, count)
+            yield from table(network.name, kernels, times, macs, peaks, count, predicted)
+
+
+def predict_shares(path: Path) -> tuple[dict[str, float], str]:
+    """Return kernel → the predicted share of the peak in its inner loop, and why there are none."""
+    try:
+        report = predict_bundle(path, [read_bundle(path).manifest.target.cpu])
+    except CnnccError as exc:
+        return {}, exc.message
+    return {layer.kernel: found.share for layer in report.layers for found in layer.cpus.values()}, ""
 
 
 def find_kernels(graph: OnnxGraph, entry: str) -> tuple[Kernel, ...]:
@@ -209,6 +223,7 @@ def table(
     macs: Sequence[int],
     peaks: Mapping[str, float],
     threads: int,
+    predicted: Mapping[str, float],
 ) -> Iterator[str]:
     """Yield the lines of one table, the kernels that take longest first.
 
@@ -219,6 +234,7 @@ def table(
         macs: Multiply-adds of each node.
         peaks: Precision → operations per second; first that of the network.
         threads: That computed.
+        predicted: Kernel → share of the peak in its inner loop, where that is known.
     """
     operations = operations_of(kernels, times, macs)
     spent = {kernel.name: times.kernels[kernel.name] * len(kernel.calls) for kernel in kernels}
@@ -228,7 +244,7 @@ def table(
     yield f"{name}, {threads} thread{'s' * (threads > 1)}, peak {peak / 1e9:.0f} {UNITS[precision]}{others}"
     yield (
         f"  {'kernel':34}{'rule':14}{'calls':>6}{'ms/call':>10}{'ms':>9}{'inside':>9}{'%':>5}{'rate':>14}{'% peak':>8}"
-        "  shapes"
+        f"{'loop':>6}  shapes"
     )
     for kernel in sorted(kernels, key=lambda kernel: -spent[kernel.name]):
         seconds = times.kernels[kernel.name]
@@ -237,11 +253,12 @@ def table(
             speed = operations[kernel.name] / seconds
             rate = f"{speed / 1e9:.1f} {UNITS[kernel.precision]}"
             share = f"{100 * speed / peaks[kernel.precision]:.0f}"
+        loop = f"{100 * predicted[kernel.name]:.0f}" if kernel.name in predicted else ""
         shapes = " ".join("×".join(map(str, shape)) or "scalar" for _dtype, shape in kernel.parameters)
         yield (
             f"  {_short(kernel.name, 33):34}{kernel.rule:14}{len(kernel.calls):>6}{seconds * 1e3:>10.4f}"
             f"{spent[kernel.name] * 1e3:>9.3f}{times.inside[kernel.name] * 1e3:>9.3f}"
-            f"{100 * spent[kernel.name] / total:>5.0f}{rate:>14}{share:>8}  {shapes}"
+            f"{100 * spent[kernel.name] / total:>5.0f}{rate:>14}{share:>8}{loop:>6}  {shapes}"
         )
     inside = sum(times.inside.values())
     speed = 2 * sum(macs) / times.network

@@ -17,9 +17,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from cnncc.targets.base import Profile
 
 from cnncc_runtime.errors import RunFailed
 
@@ -75,17 +78,15 @@ class Kernel:
     products: int
 
 
-def build_kernel(threads: int, precision: str) -> Kernel:
-    """Return the kernel for this machine."""
+def build_kernel(threads: int, precision: str, profile: Profile) -> Kernel:
+    """Return the kernel for a machine."""
     import tvm
 
-    from cnncc.targets.devices import named, resolve_profile
     from cnncc.targets.llvm.machine import machine_of, target_options
-    from cnncc.targets.llvm.schedule.products import dots_of
+    from cnncc.targets.llvm.schedule.products import dots_for, dots_of
 
-    profile = named(resolve_profile("host"))
     machine = machine_of(profile)
-    dots = dots_of(machine, positive=True) if precision == INT8 else None
+    dots = dots_for(machine, dots_of(machine, positive=True).steps)[-1] if precision == INT8 else None
     dtype, products = (dots.dtype, dots.channels) if dots else ("float32", 1)
     function = _function(threads, machine.lanes, dots).with_attr("global_symbol", "peak")
     built = tvm.compile(tvm.IRModule({"peak": function}), tvm.target.Target(target_options(profile)))
@@ -146,7 +147,9 @@ def main() -> None:
     options = parser.parse_args()
     # TVM reads them when it is imported; by default it has half as many threads as there are processors, pinned
     os.environ |= {"TVM_NUM_THREADS": str(options.threads), "TVM_BIND_THREADS": "0"}
-    kernel = build_kernel(options.threads, options.precision)
+    from cnncc.targets.devices import named, resolve_profile
+
+    kernel = build_kernel(options.threads, options.precision, named(resolve_profile("host")))
     if options.object:
         kernel.function.mod.write_to_file(str(options.object))
     import tvm

@@ -92,7 +92,7 @@ def _wait_until_listed(tracker: Running, key: str) -> None:
 @contextlib.contextmanager
 def emulated_server(board: Board, modalias: str, log: Path) -> Iterator[Running]:
     """`tests/qemu/server.c` on an emulated board whose kernel says ``modalias``."""
-    command = [*board.command(modalias), str(board.server()), *board.libraries, str(board.folder)]
+    command = [*board.command(modalias), str(board.server()), *board.libraries(), str(board.folder)]
     with _running(command, log) as process:
         running = Running(0, process, log)
         running.wait_for("\n")

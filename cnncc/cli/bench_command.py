@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from cnncc.cli.main import cache_option, common
 from cnncc.cli.options import board_address, open_cache, remote_options, usable_threads
@@ -13,6 +14,7 @@ from cnncc.cli.render import MARKS, Render, size_text, time_text
 
 if TYPE_CHECKING:
     from cnncc.compiler.bench.gpu import Gpu, GpuState
+    from cnncc.compiler.bench.prediction import LayerPrediction, Prediction
     from cnncc.compiler.bench.remote import RemoteBenchmark
     from cnncc.compiler.bench.report import BenchmarkReport, Interval, Ratio, SubjectResult
     from cnncc.compiler.remote.address import BoardAddress
@@ -39,10 +41,25 @@ if TYPE_CHECKING:
     help="Exit with 1 when our latency exceeds RATIO times the peer's; repeatable.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report to this JSON file too.")
+@click.option(
+    "--predict",
+    is_flag=True,
+    help="Measure nothing: say how near inner loops come to a CPU's peak, by LLVM's model of it, be it here or not.",
+)
+@click.option(
+    "--cpu",
+    "cpus",
+    multiple=True,
+    metavar="NAME",
+    help="CPU to --predict for, by LLVM's name; repeatable.  [default: the engine's own; on AArch64 also cortex-a72, "
+    "cortex-a76 and neoverse-v1]",
+)
 @remote_options
 @cache_option
 @common
+@click.pass_context
 def command(
+    ctx: click.Context,
     render: Render,
     *,
     bundle: Path,
@@ -54,6 +71,8 @@ def command(
     cuda_graph: bool,
     budgets: tuple[str, ...],
     output: Path | None,
+    predict: bool,
+    cpus: tuple[str, ...],
     remote: str | None,
     key: str | None,
     timeout: float | None,
@@ -61,13 +80,20 @@ def command(
 ) -> None:
     """Measure BUNDLE and its peers in interleaved rounds, each engine in a process of its own.
 
-    With --remote, the engine alone is measured, on a board.
+    With --remote, the engine alone is measured, on a board. With --predict, nothing is.
     """
     from cnncc.compiler.bench.bundle import bench_bundle
     from cnncc.compiler.bench.report import check_budget, parse_budgets
     from cnncc_runtime.bundle import to_plain
     from cnncc_runtime.errors import UsageError
 
+    if predict:
+        _check_alone(ctx)
+        _predict(render, bundle, cpus, output)
+        return
+    if cpus:
+        raise UsageError("--cpu names what --predict is for; engines are measured on the CPU that runs them",
+                         hint="add --predict, or leave --cpu out")  # fmt: skip
     limits = parse_budgets(budgets)
     board = board_address(remote, key, timeout)
     if board is not None:
@@ -117,7 +143,70 @@ def _bench_remote(
     render.result(to_plain(report), lambda: _remote_text(render, report))
 
 
-def _write(output: Path | None, report: BenchmarkReport | RemoteBenchmark) -> None:
+_PREDICTING = frozenset({"bundle", "predict", "cpus", "output", "cache_dir", "as_json", "quiet", "verbose"})
+"""Parameters of the command that mean something where nothing is measured."""
+
+
+def _check_alone(ctx: click.Context) -> None:
+    """Refuse options of measurements that were given beside --predict.
+
+    Raises:
+        UsageError: Names them.
+    """
+    from cnncc_runtime.errors import UsageError
+
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name in ctx.params
+        and parameter.name not in _PREDICTING
+        and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: for measurements, and --predict measures nothing", hint="leave them out, or --predict"
+        )
+
+
+def _predict(render: Render, bundle: Path, cpus: tuple[str, ...], output: Path | None) -> None:
+    from cnncc.compiler.bench.prediction import predict_bundle
+    from cnncc_runtime.bundle import to_plain
+
+    render.stage("predict")
+    report = predict_bundle(bundle, cpus, render.progress)
+    _write(output, report)
+    render.result(to_plain(report), lambda: _prediction_text(render, report))
+
+
+def _prediction_text(render: Render, report: Prediction) -> None:
+    for cpu in report.cpus:
+        model = "" if cpu.by == cpu.name else f", by the model of {cpu.by}"
+        peaks = ", ".join(f"{rate:.3g} {kind}" for kind, rate in cpu.peaks.items())
+        render.line(f"[bold]{cpu.name}[/]{model}  [dim]peak of products a cycle: {peaks or 'none asked for'}[/]")
+        heads = ["modules", "schedule", "multiplies by", "cycles", "products", "a cycle", "% of peak"]
+        rows = [_prediction_row(layer, cpu.name) for layer in report.layers]
+        render.table(heads, rows, right=[3, 4, 5, 6])
+        for layer in report.layers:
+            if cpu.name in layer.problems:
+                render.line(f"{MARKS['note']} {layer.kernel}: {layer.problems[cpu.name]}")
+        render.line()
+    render.line(f"{report.analyzer}, an engine for {report.built_for}, one iteration of each kernel's inner loop")
+    for note in report.notes:
+        render.line(f"{MARKS['note']} {note}")
+
+
+def _prediction_row(layer: LayerPrediction, cpu: str) -> list[str]:
+    row = [", ".join(layer.modules), layer.schedule]
+    if layer.loop is None:
+        return [*row, "nothing, in loops", "", "", "", ""]
+    mix = ", ".join(f"{count} {name}" for name, count in layer.loop.mix.items())
+    found = layer.cpus.get(cpu)
+    if found is None:
+        return [*row, mix, "–", str(layer.loop.products), "–", "–"]
+    return [*row, mix, f"{found.cycles:.1f}", str(layer.loop.products), f"{found.rate:.3g}", f"{100 * found.share:.0f}"]
+
+
+def _write(output: Path | None, report: BenchmarkReport | RemoteBenchmark | Prediction) -> None:
     from cnncc_runtime.bundle import to_plain
     from cnncc_runtime.digests import canonical_json
     from cnncc_runtime.files import atomic_file

@@ -36,7 +36,7 @@ AUTO_DROP, AUTO_SQNR = 0.5, 20.0
 """What ``--precision auto`` asks for: points of accuracy on ``--val``, or dB of the outputs where there is none."""
 
 _CUDA = "cuda"
-_KERNEL_FLAGS = ("runtime", "winograd", "direct", "winograd_growth")
+_KERNEL_FLAGS = ("runtime", "with_runtime", "winograd", "direct", "winograd_growth")
 
 
 @click.command(name="compile", epilog=MODEL_HELP)
@@ -71,8 +71,8 @@ _KERNEL_FLAGS = ("runtime", "winograd", "direct", "winograd_growth")
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "auto"]),
     default="fp32",
     show_default=True,
-    help="fp16, bf16: --target cuda only. int8 is calibrated on --data, or made by --calib; auto keeps in float what "
-    "costs accuracy or time.",
+    help="fp16: GPUs, and ARM CPUs with fullfp16; bf16: --target cuda only. int8 is calibrated on --data, or made by "
+    "--calib; auto keeps in float what costs accuracy or time.",
 )
 @click.option(
     "--float-type",
@@ -112,6 +112,12 @@ _KERNEL_FLAGS = ("runtime", "winograd", "direct", "winograd_growth")
     show_default=True,
     help="vm: a library that cnncc-runtime loads. aot-static: an executable without libraries, and a C library and "
     "header, on one thread, for static shapes; takes a C compiler.",
+)
+@click.option(
+    "--with-runtime",
+    is_flag=True,
+    help="Put cnncc-run and TVM's runtime for the device into the bundle, which then needs nothing but libc there; "
+    "takes C and C++ compilers for it.",
 )
 @click.option(
     "--optimize",
@@ -164,6 +170,7 @@ def command(
     direct: tuple[str, ...],
     winograd_growth: float | None,
     runtime: str,
+    with_runtime: bool,
     optimize: str,
     optimize_budget: float | None,
     kernel_database: Path | None,
@@ -184,7 +191,7 @@ def command(
     from cnncc.compiler.model_reference import parse_reference
     from cnncc.compiler.pipeline import AUTO, FP32, CompileRequest, compile_all
     from cnncc.targets.base import GpuOptions, KernelOptions
-    from cnncc.targets.devices import resolve_profile
+    from cnncc.targets.devices import oldest_glibc, resolve_profile
 
     base = output or Path(f"{parse_reference(model).name}.cnncc")
     pairs = list(itertools.product(dict.fromkeys(targets), dict.fromkeys(devices)))
@@ -217,6 +224,8 @@ def command(
                 batches=parse_batches(batch_text),
                 kernels=KernelOptions(winograd, direct, growth),
                 runtime=runtime,
+                with_runtime=with_runtime and target != _CUDA,
+                glibc=oldest_glibc(device, foreign=mtriple is not None) if with_runtime else "",
                 optimize=Optimize(optimize, optimize_budget or BUDGET, kernel_database),
                 gpu=gpu if target == _CUDA else GpuOptions(),
                 data=data,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--layers", is_flag=True, help="Compare every layer, and name the first that differs.")
 @click.option("--data", default="", help="Real inputs: image folder, .npz, package.module:factory.")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Samples of --data at most.")
-@click.option("--emulate", is_flag=True, help="Run an engine for another CPU under QEMU.")
+@click.option("--emulate", is_flag=True, help="Run an engine for another CPU (AArch64, 32-bit ARM, RISC-V) under QEMU.")
 @remote_options
 @cache_option
 @common

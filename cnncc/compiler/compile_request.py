@@ -42,6 +42,9 @@ class CompileRequest:
         calibration: How to calibrate, for int8 without a table.
         table: A calibration table made before.
         runtime: What runs an engine for CPUs: `cnncc.targets.base.VM` or `AOT`.
+        with_runtime: Whether the bundle carries what runs it where there is no Python.
+        glibc: The oldest C library that the device may have (``2.31``), which that must run on; empty where it is not
+            known.
         float_type: ``fp32``, ``fp16`` or ``bf16``: what is not int8 computes in.
         max_fallback: Layers that are int8 (or half precision) in the graph and may be wider in the engine; None for any
             number.
@@ -66,6 +69,8 @@ class CompileRequest:
     calibration: Calibration = field(default_factory=Calibration)
     table: Path | None = None
     runtime: str = VM
+    with_runtime: bool = False
+    glibc: str = ""
     float_type: str = FP32
     max_fallback: int | None = None
     allow_slow: bool = False

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnncc.targets.devices import resolve_profile
+from cnncc.targets.llvm.cycles.analyzer import find_tools
 from cnncc.targets.registry import load_target, target_names
 from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.errors import CnnccError
@@ -55,7 +56,7 @@ def examine(cache: Path) -> tuple[Finding, ...]:
     Args:
         cache: The cache folder that would be used.
     """
-    return (_cpu(), _gpu(), *_packages(), *_targets(), _cache(cache), *_rpc())
+    return (_cpu(), _gpu(), *_packages(), *_targets(), _analyzer(), _cache(cache), *_rpc())
 
 
 def _cpu() -> Finding:
@@ -98,6 +99,13 @@ def _targets() -> list[Finding]:
         state = "ready" if availability.ready else "optional" if name == "cuda" else "missing"
         found.append(Finding(f"target {name}", state, availability.detail, availability.fix, name == "llvm"))
     return found
+
+
+def _analyzer() -> Finding:
+    try:
+        return Finding("llvm-mca", "ready", f"{find_tools()}: predicts the cycles of inner loops")
+    except CnnccError as exc:
+        return Finding("llvm-mca", "optional", exc.message, exc.hint)
 
 
 def _rpc() -> list[Finding]:

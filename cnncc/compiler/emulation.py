@@ -1,41 +1,35 @@
 """An engine for another CPU, run here: by ``cnncc-run`` under QEMU's user-mode emulation.
 
 What is emulated is the CPU, instruction by instruction: one that the CPU lacks ends the run, and arithmetic is the
-device's. How long it takes says nothing.
+device's. How long it takes says nothing. An engine that is an executable needs no ``cnncc-run``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-import cnncc_runtime
+from cnncc.compiler.cache import Cache
 from cnncc.compiler.child import how_it_ended
+from cnncc.compiler.device_runtime import device_runtime, gnu_compilers, package, triple_of
+from cnncc.compiler.reporting import Reporter
+from cnncc.targets.devices.profile_files import our_devices
 from cnncc_runtime import errors
-from cnncc_runtime.bundle import TargetRecord, read_bundle
-from cnncc_runtime.errors import BuildFailed, CnnccError, DependencyMissing, EngineMismatch, RunFailed
+from cnncc_runtime.aot_session import AotSession
+from cnncc_runtime.bundle import Bundle, TargetRecord, read_bundle
+from cnncc_runtime.cpu import host_machine
+from cnncc_runtime.errors import CnnccError, DependencyMissing, EngineMismatch, RunFailed
+from cnncc_runtime.golden import Runs
 from cnncc_runtime.specs import Feeds, Tensors
-
-_LIBRARIES = {"apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so", "apache-tvm": "tvm/lib/libtvm_runtime.so"}
-_RUNNER = "cnncc-run"
-
-WHEELS = "CNNCC_TVM_WHEELS"
-"""Environment variable: a folder that holds the wheels of TVM for other machines."""
-
-
-SOURCES = Path(cnncc_runtime.__file__).with_name("c")
-"""The sources of ``cnncc-run``."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +37,53 @@ class Emulator:
     """What runs engines of a machine here.
 
     Attributes:
+        machine: As ELF files name it.
         qemu: QEMU's program.
-        compiler: A cross compiler.
-        sysroot: Holds the machine's C and C++ libraries.
-        packages: Debian's packages of all that.
-        platform: What PyPI calls the machine; wheels of TVM are taken from there.
+        default: The CPU that QEMU is given where it knows none that is the engine's: one that has it all.
     """
 
+    machine: str
     qemu: str
-    compiler: str
-    sysroot: Path
-    packages: tuple[str, ...]
-    platform: str
+    default: str
+
+    @property
+    def sysroot(self) -> Path:
+        """Holds the machine's C and C++ libraries."""
+        return Path("/usr", triple_of(self.machine))
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """What an engine that is a library takes here."""
+        return (self.qemu, "make", *(f"{triple_of(self.machine)}-{kind}" for kind in ("gcc", "g++")))
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Debian's packages of them; the compiler's libraries are the machine's."""
+        return ("qemu-user", "make", package(f"{triple_of(self.machine)}-g++"))
 
 
 EMULATORS = {
-    "aarch64": Emulator(
-        "qemu-aarch64",
-        "aarch64-linux-gnu-gcc",
-        Path("/usr/aarch64-linux-gnu"),
-        ("qemu-user", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross", "libstdc++6-arm64-cross"),
-        "manylinux_2_28_aarch64",
-    ),
+    one.machine: one
+    for one in (
+        Emulator("aarch64", "qemu-aarch64", "max"),
+        Emulator("arm", "qemu-arm", "max"),
+        Emulator("riscv64", "qemu-riscv64", "rv64"),
+    )
 }
 """ELF machine → what emulates it."""
 
 
-def emulator_for(target: TargetRecord) -> Emulator:
+def can_emulate(target: TargetRecord) -> bool:
+    """Tell whether engines for a target's machine can be emulated, where what does it is installed."""
+    return not target.gpu and target.machine in EMULATORS and target.machine != host_machine()
+
+
+def emulator_for(target: TargetRecord, *, executable: bool = False) -> Emulator:
     """Return what emulates a target's CPU.
+
+    Args:
+        target: What the engine was built for.
+        executable: Whether the engine is one, which needs QEMU alone.
 
     Raises:
         EngineMismatch: Nothing does.
@@ -83,20 +96,29 @@ def emulator_for(target: TargetRecord) -> Emulator:
             f"{', '.join(sorted(EMULATORS))} can",
             hint="run `cnncc verify` on the device",
         )
-    missing = [tool for tool in (emulator.qemu, emulator.compiler, "make") if shutil.which(tool) is None]
-    library = emulator.sysroot / "lib" / "libstdc++.so.6"
-    missing += [] if library.exists() else [str(library)]
+    tools = (emulator.qemu,) if executable else emulator.tools
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    library = emulator.sysroot / "lib" / "libc.so.6"
+    missing += [] if executable or library.exists() else [str(library)]
     if missing:
         raise DependencyMissing(
             f"{', '.join(missing)} not found, by which engines for {target.machine} are emulated",
-            hint=f"apt-get install make {' '.join(emulator.packages)}",
+            hint=f"apt-get install {' '.join(('qemu-user',) if executable else emulator.packages)}",
         )
     return emulator
 
 
 def qemu_command(emulator: Emulator, target: TargetRecord) -> list[str]:
-    """Return how QEMU is told which CPU to emulate: the target's, or, where it knows none such, one that has it all."""
-    return [emulator.qemu, "-cpu", target.cpu if target.cpu in _known_cpus(emulator.qemu) else "max"]
+    """Return how QEMU is told which CPU to emulate.
+
+    The device's profile says so, where the engine is for one of ours; else it is the target's CPU by LLVM's name, or,
+    where QEMU knows none such, one that has it all.
+    """
+    device = our_devices().get(target.device)
+    known = _known_cpus(emulator.qemu)
+    if device and device.emulator and device.profile.cpu == target.cpu and device.emulator.cpu in known:
+        return [emulator.qemu, "-cpu", device.emulator.cpu]
+    return [emulator.qemu, "-cpu", target.cpu if target.cpu in known else emulator.default]
 
 
 @cache
@@ -105,54 +127,49 @@ def _known_cpus(qemu: str) -> frozenset[str]:
     return frozenset(listed.stdout.split())
 
 
-def make_runner(emulator: Emulator, wheels: Path, folder: Path) -> Path:
-    """Put ``cnncc-run`` for an emulated machine into a folder, TVM's libraries beside it; return the program.
+def make_runner(emulator: Emulator, folder: Path, store: Cache, reporter: Reporter) -> Path:
+    """Put ``cnncc-run`` for an emulated machine into a folder, TVM's runtime beside it; return the program.
 
     Args:
         emulator: From `emulator_for`.
-        wheels: Where TVM's wheels for that machine are, unless `WHEELS` names another folder.
         folder: An empty folder.
+        store: Where what was compiled is kept.
+        reporter: Told of what is compiled.
 
     Raises:
-        DependencyMissing: A wheel is not there.
-        BuildFailed: The program could not be compiled.
+        BuildFailed: The program or the runtime could not be compiled.
     """
-    wheels = Path(os.environ.get(WHEELS) or wheels)
-    found = {package: _wheel(package, emulator, wheels) for package in _LIBRARIES}
-    if missing := [f"{package}=={version(package)}" for package, wheel in found.items() if wheel is None]:
-        raise DependencyMissing(
-            f"TVM's libraries for {emulator.platform} are not in {wheels}",
-            hint="pip download --no-deps --only-binary=:all: --platform "
-            f"{emulator.platform} --dest {wheels} {' '.join(missing)}",
-        )
-    for package, wheel in found.items():
-        assert wheel is not None
-        with zipfile.ZipFile(wheel) as archive:
-            (folder / Path(_LIBRARIES[package]).name).write_bytes(archive.read(_LIBRARIES[package]))
-    _compile(emulator, folder / _RUNNER)
-    return folder / _RUNNER
+    return device_runtime(gnu_compilers(emulator.machine), store, reporter).put(folder)
 
 
-def _wheel(package: str, emulator: Emulator, wheels: Path) -> Path | None:
-    name = f"{package.replace('-', '_')}-{version(package)}-*{emulator.platform}.whl"
-    return next(iter(sorted(wheels.glob(name))), None)
+@contextmanager
+def emulated(path: Path, *, runner: Path | None) -> Iterator[Runs]:
+    """Open a bundle's engine under emulation.
 
+    Args:
+        path: The bundle's folder; its parity may still be pending.
+        runner: From `make_runner`; an engine that is an executable needs none.
 
-def _compile(emulator: Emulator, program: Path) -> None:
-    import tvm_ffi.libinfo
-
-    options = [f"CC={emulator.compiler}", f"OUT={program}", f"TVM_FFI={tvm_ffi.libinfo.find_include_path()}"]
-    command = ["make", "--silent", "-C", str(SOURCES), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode:
-        raise BuildFailed(f"{_RUNNER} cannot be compiled: {done.stderr.strip()}", hint=f"is {emulator.compiler} whole?")
+    Raises:
+        EngineMismatch: Nothing emulates the engine's CPU.
+        DependencyMissing: What does is not installed.
+        CnnccError: The bundle cannot be opened there.
+    """
+    bundle = read_bundle(path)
+    manifest = bundle.manifest
+    if runner is not None:
+        yield EmulatedProcess(bundle, runner=runner)
+        return
+    command = qemu_command(emulator_for(manifest.target, executable=True), manifest.target)
+    with bundle.open(manifest.engine.file) as file, AotSession(bundle, file, threads=1, emulator=command) as session:
+        yield session
 
 
 class EmulatedProcess:
-    """Runs a bundle's engine under emulation, a process for each run.
+    """Runs a bundle's engine by ``cnncc-run`` under emulation, a process for each run.
 
     Args:
-        bundle: The bundle's folder; its parity may still be pending.
+        bundle: Its parity may still be pending.
         runner: From `make_runner`.
 
     Raises:
@@ -161,12 +178,12 @@ class EmulatedProcess:
         CnnccError: The bundle cannot be opened there, as ``cnncc-run`` says it.
     """
 
-    def __init__(self, bundle: Path, *, runner: Path) -> None:
-        manifest = read_bundle(bundle).manifest
+    def __init__(self, bundle: Bundle, *, runner: Path) -> None:
+        manifest = bundle.manifest
         emulator = emulator_for(manifest.target)
         self._inputs = [spec.name for spec in manifest.inputs]
         self._command = [*qemu_command(emulator, manifest.target), "-L", str(emulator.sysroot)]
-        self._command += [str(runner), str(bundle.resolve()), "--allow-unverified", "--json"]
+        self._command += [str(runner), str(bundle.path.resolve()), "--allow-unverified", "--json"]
         self._call()
 
     def run(self, feeds: Feeds) -> Tensors:
@@ -198,15 +215,6 @@ class EmulatedProcess:
             raise _error_of(told)
         found: dict[str, list[dict[str, str]]] = told
         return found
-
-    def __enter__(self) -> EmulatedProcess:
-        """Return the engine."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing runs between runs."""
 
 
 def _error_of(told: dict[str, str]) -> CnnccError:

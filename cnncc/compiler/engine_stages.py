@@ -18,6 +18,8 @@ from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_t
 from cnncc.compiler.cache import Cache
 from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
 from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest
+from cnncc.compiler.device_runtime import DeviceRuntime
+from cnncc.compiler.emulation import can_emulate
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.graph_stages import CLEANED, EXPORTED, preprocessing_of, specs_of
 from cnncc.compiler.kernel_stage import KERNELS, kernel_stage
@@ -33,6 +35,7 @@ from cnncc_runtime.bundle import (
     MANIFEST,
     PARITY,
     REFERENCE,
+    RUNTIME,
     SCHEMA,
     LayerRecord,
     Manifest,
@@ -71,6 +74,7 @@ class Job:
         clean: The stage that cleaned its graph.
         cache: Where stages are kept.
         reporter: Told of stages and notes.
+        runtime: What the bundle carries to be run without Python; None for nothing.
     """
 
     request: CompileRequest
@@ -80,6 +84,7 @@ class Job:
     clean: Stage
     cache: Cache
     reporter: Reporter
+    runtime: DeviceRuntime | None = None
 
 
 @dataclass(frozen=True)
@@ -466,6 +471,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
         data=inputs.data.digest if inputs.data else "",
         preprocessing=to_plain(inputs.preprocessing),
         labels=inputs.labels,
+        runtime=job.runtime.digests if job.runtime else {},
         options=[
             request.reference,
             request.keep_failed,
@@ -499,6 +505,8 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
             files[TABLE] = ("report", variant.table.to_bytes())
         if payoff is not None:
             files[PAYOFF] = ("report", canonical_json(payoff))
+        if job.runtime is not None:
+            files.update({name: (RUNTIME, job.runtime.file(name)) for name in job.runtime.stages})
         bundle = write_bundle(contents, manifest, files)
         value = {"state": proof.state, "manifest": bundle.digest, "failures": list(proof.report.failures)}
         names = (MANIFEST, *bundle.manifest.files)
@@ -540,8 +548,9 @@ def _prove(job: Job, variant: Variant, inputs: _Inputs, folder: Path) -> _Proof:
         names += [sample.name for sample in inputs.data.samples]
     away = obstacle(engine.target, engine.record)
     if away is not None:
+        where = "on the device, or here with --emulate" if can_emulate(engine.target) else "on the device"
         job.reporter.note(
-            f"built, not executed here ({away.message}): parity is pending until `cnncc verify` runs on the device"
+            f"built, not executed here ({away.message}): parity is pending until `cnncc verify` runs {where}"
         )
     cleaned = functools.partial(load_trusted, variant.graph.file(CLEANED))
     # an engine in int8 or half precision is to compute what its own graph says; how far that is from the model, the
@@ -601,10 +610,16 @@ def _manifest(job: Job, variant: Variant, engine: Engine, inputs: _Inputs, parit
         precision=variant.precision,
         layers=engine.layers,
         parity=parity,
-        toolchain={**versions("torch", "onnx", "onnxruntime"), **engine.toolchain},
+        toolchain={**versions("torch", "onnx", "onnxruntime"), **engine.toolchain, **_runtime_toolchain(job)},
         reproducible=engine.reproducible,
         files={},
     )
+
+
+def _runtime_toolchain(job: Job) -> dict[str, str]:
+    if job.runtime is None:
+        return {}
+    return {"runtime compiler": job.runtime.compilers.version, "runtime glibc": job.runtime.glibc}
 
 
 def bundle_name(output: Path) -> str:

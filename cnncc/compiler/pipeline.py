@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from cnncc.compiler.cache import Cache, default_cache_folder
 from cnncc.compiler.compile_request import AUTO, BF16, CALIBRATED, FP16, FP32, INT8, CompileRequest
+from cnncc.compiler.device_runtime import Compilers, DeviceRuntime, device_runtime, find_compilers
 from cnncc.compiler.engine_stages import (
     Job,
     build_options,
@@ -38,9 +39,10 @@ from cnncc.compiler.kernel_stage import check_optimize
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
-from cnncc.targets.base import Preflight, Preflighting, Target
+from cnncc.targets.base import VM, Preflight, Preflighting, Target
+from cnncc.targets.devices import host_machine, machine_name
 from cnncc.targets.registry import load_target
-from cnncc_runtime.bundle import AOT_STATIC, MANIFEST, Bundle, read_bundle
+from cnncc_runtime.bundle import MANIFEST, Bundle, make_executable, read_bundle
 from cnncc_runtime.errors import BundleRefused, CnnccError, ParityFailed, UsageError
 from cnncc_runtime.files import atomic_file, atomic_folder, storage_errors, sweep
 
@@ -97,7 +99,8 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
         UsageError: A shape, batch size or output path is wrong.
         ModelRefused: The model, its weights or its graph were refused.
         DataRefused: DATA was refused.
-        EnvironmentMissing: A package, a linker or disk space is missing.
+        EnvironmentMissing: A package, a linker, a compiler or disk space is missing, or the device's C library is too
+            old for the runtime that the bundle is to carry.
         ExportFailed: PyTorch could not export the module.
         BuildFailed: The compiler failed.
         BudgetExceeded: The engine computes more int8 layers in float than may be, or is slower than fp32.
@@ -108,10 +111,11 @@ def compile(request: CompileRequest, *, cache: Cache | None = None, reporter: Re
     target, preflight = _prepare(request)
     for note in preflight.notes:
         reporter.note(note)
+    runtime = _runtime(request, cache, reporter)
     export = export_stage(request.model, cache, reporter)
     clean = clean_stage(export, cache, reporter)
     _check_batches(export, request.batches)
-    job = Job(request, target, preflight, export, clean, cache, reporter)
+    job = Job(request, target, preflight, export, clean, cache, reporter, runtime)
     variant = quantized(job)
     check_fallback(job, variant)
     choice = choose(job, variant)
@@ -232,9 +236,40 @@ def _prepare(request: CompileRequest) -> tuple[Target, Preflight]:
         request.calibration.check()
     target = load_target(request.target, request.profile)
     check_optimize(request.optimize, target)
+    if request.with_runtime:
+        _runtime_compilers(request)
     if not isinstance(target, Preflighting):
         return target, Preflight((target.name,))
     return target, target.preflight(build_options(request))
+
+
+def _runtime_compilers(request: CompileRequest) -> Compilers:
+    """Return what compiles the runtime that the bundle is to carry.
+
+    Raises:
+        UsageError: The engine needs none.
+        DependencyMissing: There is no compiler for the device.
+    """
+    if request.profile.gpu or request.runtime != VM:
+        raise UsageError(
+            "--with-runtime is for engines for CPUs that TVM's virtual machine runs", hint="leave --with-runtime out"
+        )
+    return find_compilers(machine_name(request.profile.triple), host_machine(), request.glibc)
+
+
+def _runtime(request: CompileRequest, cache: Cache, reporter: Reporter) -> DeviceRuntime | None:
+    """Return the runtime that the bundle is to carry, None for none; made first: the device may be too old for it.
+
+    Raises:
+        BuildFailed: It cannot be compiled.
+        TargetUnavailable: It needs a newer C library than the device has.
+    """
+    if not request.with_runtime:
+        return None
+    runtime = device_runtime(_runtime_compilers(request), cache, reporter)
+    runtime.check(request.glibc)
+    reporter.note(f"the bundle carries its runtime, which needs glibc {runtime.glibc} or newer and no other library")
+    return runtime
 
 
 # ---- the bundle's way out
@@ -267,15 +302,8 @@ def _publish(verify: Stage, output: Path) -> Compiled:
         with atomic_folder(output, marker=MANIFEST) as folder:
             for name, path in files.items():
                 shutil.copyfile(path, folder / name)
-            _make_executable(folder)
+            make_executable(folder, read_bundle(folder).manifest)
     return Compiled(read_bundle(output), value["state"], tuple(value["failures"]), unchanged)
-
-
-def _make_executable(folder: Path) -> None:
-    """Let an engine that is an executable be run by its name; sessions need no such right."""
-    engine = read_bundle(folder).manifest.engine
-    if engine.format == AOT_STATIC:
-        (folder / engine.file).chmod(0o755)
 
 
 def _holds(output: Path, digest: str) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from cnncc.calibration.data import load_data
 from cnncc.compiler.build_worker import build_apart
-from cnncc.compiler.emulation import EmulatedProcess, emulator_for, make_runner, qemu_command
+from cnncc.compiler.cache import Cache
+from cnncc.compiler.emulation import can_emulate, emulated, emulator_for, make_runner, qemu_command
 from cnncc.compiler.engine_process import EngineProcess
 from cnncc.compiler.parity import ParityReport
 from cnncc.compiler.remote.address import BoardAddress
@@ -93,8 +94,9 @@ def prove_bundle(
     if emulate and away is None:
         raise UsageError("this machine runs the engine itself", hint="leave out --emulate")
     if away is not None and not emulate:
-        hint = f"{away.hint}; --remote runs it on a board" if not bundle.manifest.target.gpu else away.hint
-        raise type(away)(f"the engine cannot be executed here: {away.message}", hint=hint)
+        raise type(away)(
+            f"the engine cannot be executed here: {away.message}", hint=_elsewhere(bundle.manifest.target, away.hint)
+        )
     if layers and not bundle.has(REFERENCE):
         raise UsageError(
             "comparing layers needs the model, and the bundle was made without it",
@@ -106,7 +108,7 @@ def prove_bundle(
     with ExitStack() as stack:
         # a board is asked first: it may be away, or unfit
         remote = stack.enter_context(RemoteEngine(path, board)) if board else None
-        opener = _emulated(bundle.manifest.target, cache, stack, reporter) if emulate else EngineProcess
+        opener = _emulated(manifest, cache, stack, reporter) if emulate else EngineProcess
         report = verify_bundle(
             bundle,
             samples=[sample.feeds for sample in found],
@@ -117,22 +119,35 @@ def prove_bundle(
     if remote is not None:
         report = replace(report, notes=(*report.notes, f"the engine was run on a board: {remote.report}"))
     if emulate:
-        report = replace(report, notes=(*report.notes, _emulation_note(bundle.manifest.target)))
+        report = replace(report, notes=(*report.notes, _emulation_note(manifest)))
     if manifest.parity == "pending":
         _record(bundle, report, reporter)
     return report
 
 
-def _emulated(target: TargetRecord, cache: Path, stack: ExitStack, reporter: Reporter) -> Opener:
+def _elsewhere(target: TargetRecord, hint: str) -> str:
+    """Return a hint, and where else an engine can be executed."""
+    if target.gpu:
+        return hint
+    emulated = "--emulate executes it here; " if can_emulate(target) else ""
+    return f"{emulated}--remote runs it on a board; or {hint}"
+
+
+def _emulated(manifest: Manifest, cache: Path, stack: ExitStack, reporter: Reporter) -> Opener:
     """Return what opens bundles under emulation until the stack unwinds."""
-    emulator = emulator_for(target)
-    runner = make_runner(emulator, cache / "wheels", stack.enter_context(scratch_folder(cache)))
-    reporter.note(_emulation_note(target))
-    return partial(EmulatedProcess, runner=runner)
+    executable = manifest.engine.format == AOT_STATIC
+    emulator = emulator_for(manifest.target, executable=executable)
+    runner = None
+    if not executable:
+        folder = stack.enter_context(scratch_folder(cache))
+        runner = make_runner(emulator, folder, Cache(cache, reporter.note), reporter)
+    reporter.note(_emulation_note(manifest))
+    return partial(emulated, runner=runner)
 
 
-def _emulation_note(target: TargetRecord) -> str:
-    return f"the engine was executed under emulation: {' '.join(qemu_command(emulator_for(target), target))}"
+def _emulation_note(manifest: Manifest) -> str:
+    emulator = emulator_for(manifest.target, executable=manifest.engine.format == AOT_STATIC)
+    return f"the engine was executed under emulation: {' '.join(qemu_command(emulator, manifest.target))}"
 
 
 def _record(bundle: Bundle, report: ParityReport, reporter: Reporter) -> None:

@@ -20,20 +20,6 @@
 
 const char *cpu_machine(void) { return MACHINE; }
 
-const char *elf_machine(const unsigned char *head) {
-    static const struct {
-        int number;
-        const char *name;
-    } machines[] = {{3, "i386"}, {40, "arm"}, {62, "x86_64"}, {183, "aarch64"}, {243, "riscv64"}};
-    bool little = head[5] == 1, shared = head[16] == 3 && head[17] == 0;
-    if (memcmp(head, "\177ELF", 4) != 0 || !little || !shared)
-        return NULL;
-    for (unsigned n = 0; n < sizeof machines / sizeof *machines; ++n)
-        if ((head[18] | head[19] << 8) == machines[n].number)
-            return machines[n].name;
-    return "an unknown machine";
-}
-
 /* ---- features: the kernel's word for it → LLVM's name */
 
 #if defined(__x86_64__)

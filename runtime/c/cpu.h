@@ -17,8 +17,4 @@ const char *cpu_known(int number);
 /* Physical cores that this process may use: affinity, hyperthreads and cgroup quota counted. */
 int cpu_cores(void);
 
-/* The machine that the first bytes of an ELF file (64 at least) name, or NULL where they are not of a shared library.
- */
-const char *elf_machine(const unsigned char *head);
-
 #endif

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,12 +11,15 @@
 #include <tvm/ffi/c_api.h>
 #include <unistd.h>
 
+#include "cpu.h"
+#include "elf.h"
 #include "stop.h"
 
 enum { POOLED = 2, POOL_ALIGNMENT = 128, PIECE = 1024 };
 static const char AGAIN[] = "build the bundle again";
 static const char INSTALL[] =
-    "copy libtvm_runtime.so and libtvm_ffi.so of TVM 0.27 beside this program, or name their folder by --runtime";
+    "copy libtvm_runtime.so of TVM 0.27, and libtvm_ffi.so if it is of TVM's wheels, beside this program, or name the "
+    "folder by --runtime";
 
 static void (*get_version)(TVMFFIVersion *);
 static int (*get_global)(const TVMFFIByteArray *, TVMFFIObjectHandle *);
@@ -51,8 +55,17 @@ static const char *beside_program(void) {
 static void *library_of(const char *folder, const char *name) {
     char path[4352];
     snprintf(path, sizeof path, "%s/%s", folder, name);
-    void *handle = access(path, R_OK) == 0 ? dlopen(path, RTLD_NOW | RTLD_GLOBAL) : NULL;
-    if (!handle && access(path, R_OK) == 0)
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return NULL;
+    const char *machine = elf_machine(file);
+    if (!machine || strcmp(machine, cpu_machine()) != 0)
+        stop(MISSING, INSTALL, "%s is no library for %s", path, cpu_machine());
+    if (!elf_whole(file))
+        stop(MISSING, INSTALL, "%s is cut off", path);
+    close(file);
+    void *handle = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+    if (!handle)
         stop(MISSING, INSTALL, "%s cannot be loaded: %s", path, dlerror());
     return handle;
 }
@@ -60,13 +73,17 @@ static void *library_of(const char *folder, const char *name) {
 static void *symbol(void *library, const char *name) {
     void *found = dlsym(library, name);
     if (!found)
-        stop(MISSING, INSTALL, "libtvm_ffi.so is of another release: it has no %s", name);
+        stop(MISSING, INSTALL, "TVM's runtime is of another release: it has no %s", name);
     return found;
 }
 
-void engine_load_runtime(const char *chosen) {
+const char *engine_runtime_named(const char *chosen) {
     const char *variable = getenv("CNNCC_TVM_RUNTIME");
-    const char *place = chosen ? chosen : variable && *variable ? variable : beside_program();
+    return chosen ? chosen : variable && *variable ? variable : NULL;
+}
+
+/* Return the library of TVM's that speaks C: of the wheels' two, the other one. */
+static void *load_from(const char *place) {
     char folder[4096], sibling[4352];
     struct stat status;
     snprintf(folder, sizeof folder, "%s", place);
@@ -77,8 +94,24 @@ void engine_load_runtime(const char *chosen) {
     void *ffi = library_of(folder, "libtvm_ffi.so");
     if (!ffi)
         ffi = library_of(sibling, "libtvm_ffi.so");
-    if (!ffi || !library_of(folder, "libtvm_runtime.so"))
-        stop(MISSING, INSTALL, "TVM's runtime (libtvm_runtime.so and libtvm_ffi.so) is not in %s", folder);
+    void *runtime = library_of(folder, "libtvm_runtime.so");
+    if (!runtime)
+        stop(MISSING, INSTALL, "TVM's runtime (libtvm_runtime.so) is not in %s", folder);
+    return ffi ? ffi : runtime;
+}
+
+static void *load_carried(int file) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", file);
+    void *runtime = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+    if (!runtime) /* which a C library may be too old for */
+        stop(MISSING, "compile for this device, or name another runtime by --runtime",
+             "the bundle's libtvm_runtime.so cannot be loaded: %s", dlerror());
+    return runtime;
+}
+
+void engine_load_runtime(const char *named, int file) {
+    void *ffi = !named && file >= 0 ? load_carried(file) : load_from(named ? named : beside_program());
     TVMFFIVersion version = {0};
     *(void **)&get_version = symbol(ffi, "TVMFFIGetVersion");
     *(void **)&get_global = symbol(ffi, "TVMFFIFunctionGetGlobal");

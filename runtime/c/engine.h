@@ -10,8 +10,12 @@ typedef struct {
     double seconds; /* the median of the runs */
 } KernelTime;
 
-/* Load TVM's two libraries from a folder, from CNNCC_TVM_RUNTIME or from beside this program. */
-void engine_load_runtime(const char *folder);
+/* Return the folder of TVM's runtime that the user named: `chosen`, else by CNNCC_TVM_RUNTIME, else NULL. */
+const char *engine_runtime_named(const char *chosen);
+
+/* Load TVM's runtime: from the folder that the user named; else the file that is open and was checked; where that is
+ * -1, from beside this program. */
+void engine_load_runtime(const char *named, int file);
 
 /* Load the engine and start its threads. `file` and `weights` are open and were checked; the latter is mapped. */
 void engine_open(const Manifest *manifest, int file, void *weights, int threads);

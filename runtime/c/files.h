@@ -8,6 +8,7 @@
 
 typedef struct {
     const char *name; /* in the bundle */
+    const char *role;
     const char *sha256;
     int64_t size;
 } FileRecord;

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "cpu.h"
+#include "elf.h"
 #include "engine.h"
 #include "golden.h"
 #include "stop.h"
@@ -29,8 +30,8 @@ static const char HELP[] =
     "  --profile           the time of every kernel\n"
     "  --json              one JSON document on stdout\n"
     "  --allow-unverified  run also what has no passed parity check\n"
-    "  --runtime DIR       holds libtvm_runtime.so and libtvm_ffi.so  [default: CNNCC_TVM_RUNTIME, else beside "
-    "cnncc-run]\n"
+    "  --runtime DIR       holds libtvm_runtime.so  [default: CNNCC_TVM_RUNTIME, else the bundle's, else beside\n"
+    "                      cnncc-run]\n"
     "  --features          say what this machine is and which CPU features engines may use here, and end\n"
     "  --help\n"
     "\n"
@@ -216,15 +217,17 @@ static void check_fit(const Manifest *manifest) {
              *manifest->abi ? manifest->abi : "(unknown)", ABI);
 }
 
-static int open_engine(int folder, const Manifest *manifest) {
-    unsigned char head[64];
-    int file = file_open_listed(folder, manifest->engine);
-    const char *machine = pread(file, head, sizeof head, 0) == sizeof head ? elf_machine(head) : NULL;
+/* Open a library of the bundle, which is of this machine. */
+static int open_library(int folder, const FileRecord *record) {
+    int file = file_open_listed(folder, record);
+    const char *machine = elf_machine(file);
     if (!machine)
-        stop(REFUSED, "build the bundle again", "'%s' is not a shared library", manifest->engine->name);
+        stop(REFUSED, "build the bundle again", "'%s' is not a shared library", record->name);
     if (strcmp(machine, cpu_machine()) != 0)
         stop(MISSING, "compile for this device: `cnncc targets` lists them", "'%s' was built for: %s, found: %s",
-             manifest->engine->name, machine, cpu_machine());
+             record->name, machine, cpu_machine());
+    if (!elf_whole(file))
+        stop(REFUSED, "build the bundle again", "'%s' is cut off", record->name);
     return file;
 }
 
@@ -490,7 +493,7 @@ int main(int count, char **words) {
         check_verdict(&manifest);
     check_fit(&manifest);
     int64_t batch = options.batch == BATCH ? BATCH : default_entry(&manifest, options.batch)->batch;
-    int engine = open_engine(folder, &manifest);
+    int engine = open_library(folder, manifest.engine);
     void *weights =
         manifest.weights_file ? file_map(file_open_listed(folder, manifest.weights_file), manifest.weights_file) : NULL;
     Golden golden = {0};
@@ -501,7 +504,8 @@ int main(int count, char **words) {
             golden_parse(file_read_listed(folder, manifest.golden, MOST_GOLDEN_BYTES), (size_t)manifest.golden->size);
     }
     Tensor *inputs = options.input_count ? read_inputs(&manifest, &options, &batch) : NULL;
-    engine_load_runtime(options.runtime);
+    const char *named = engine_runtime_named(options.runtime);
+    engine_load_runtime(named, named || !manifest.runtime ? -1 : open_library(folder, manifest.runtime));
     int threads = options.threads ? options.threads : cpu_cores();
     engine_open(&manifest, engine, weights, threads < MOST_THREADS ? threads : MOST_THREADS);
     fputs("{\"bundle\": ", document);

@@ -93,8 +93,7 @@ static bool is_digest(const char *text) {
 
 static FileRecord file_of(const Json *record) {
     with_fields(record, 3, record->key);
-    text_of(record, "role");
-    FileRecord made = {record->key, text_of(record, "sha256"), number_of(record, "size")};
+    FileRecord made = {record->key, text_of(record, "role"), text_of(record, "sha256"), number_of(record, "size")};
     if (!is_safe(made.name) || !is_digest(made.sha256) || made.size < 0)
         refuse("the file '%s'", made.name);
     return made;
@@ -301,6 +300,9 @@ Manifest manifest_read(int folder) {
     for (const Json *one = listing->first; one; one = one->next)
         files[file_count++] = file_of(one);
     manifest.golden = listed(files, file_count, "golden.npz");
+    manifest.runtime = listed(files, file_count, "libtvm_runtime.so");
+    if (manifest.runtime && strcmp(manifest.runtime->role, "runtime") != 0)
+        manifest.runtime = NULL;
     manifest.inputs = specs_of(root, "inputs", &manifest.input_count);
     manifest.outputs = specs_of(root, "outputs", &manifest.output_count);
     read_target(root, &manifest);

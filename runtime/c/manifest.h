@@ -42,7 +42,7 @@ typedef struct {
     Spec *inputs, *outputs;
     Weight *weights;
     Entry *entries;
-    const FileRecord *engine, *weights_file, *golden; /* the last two may be NULL */
+    const FileRecord *engine, *weights_file, *golden, *runtime; /* all but the first may be NULL */
 } Manifest;
 
 /* Read and check the manifest of a bundle's folder; the program ends where it is refused. */

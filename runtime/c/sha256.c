@@ -15,8 +15,17 @@ static const uint32_t K[64] = {
 
 static uint32_t rotated(uint32_t word, int bits) { return word >> bits | word << (32 - bits); }
 
+/* One round. Words are not moved on by one: the next round calls them by the next names, so they stay in registers. */
+#define ROUND(a, b, c, d, e, f, g, h, n)                                                     \
+    do {                                                                                     \
+        h += (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25)) + (g ^ (e & (f ^ g)));        \
+        h += K[n] + w[n];                                                                    \
+        d += h;                                                                              \
+        h += (rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22)) + ((a & b) | (c & (a | b)));  \
+    } while (0)
+
 static void mix(uint32_t state[8], const uint8_t *block) {
-    uint32_t w[64], v[8];
+    uint32_t w[64];
     for (int n = 0; n < 16; ++n, block += 4)
         w[n] = (uint32_t)block[0] << 24 | (uint32_t)block[1] << 16 | (uint32_t)block[2] << 8 | block[3];
     for (int n = 16; n < 64; ++n) {
@@ -24,18 +33,21 @@ static void mix(uint32_t state[8], const uint8_t *block) {
         uint32_t high = rotated(w[n - 2], 17) ^ rotated(w[n - 2], 19) ^ w[n - 2] >> 10;
         w[n] = w[n - 16] + low + w[n - 7] + high;
     }
-    memcpy(v, state, sizeof v);
-    for (int n = 0; n < 64; ++n) {
-        uint32_t high = rotated(v[4], 6) ^ rotated(v[4], 11) ^ rotated(v[4], 25);
-        uint32_t first = v[7] + high + ((v[4] & v[5]) ^ (~v[4] & v[6])) + K[n] + w[n];
-        uint32_t low = rotated(v[0], 2) ^ rotated(v[0], 13) ^ rotated(v[0], 22);
-        uint32_t second = low + ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
-        memmove(v + 1, v, 7 * sizeof *v);
-        v[4] += first;
-        v[0] = first + second;
+    uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
+    uint32_t e = state[4], f = state[5], g = state[6], h = state[7];
+    for (int n = 0; n < 64; n += 8) {
+        ROUND(a, b, c, d, e, f, g, h, n);
+        ROUND(h, a, b, c, d, e, f, g, n + 1);
+        ROUND(g, h, a, b, c, d, e, f, n + 2);
+        ROUND(f, g, h, a, b, c, d, e, n + 3);
+        ROUND(e, f, g, h, a, b, c, d, n + 4);
+        ROUND(d, e, f, g, h, a, b, c, n + 5);
+        ROUND(c, d, e, f, g, h, a, b, n + 6);
+        ROUND(b, c, d, e, f, g, h, a, n + 7);
     }
+    const uint32_t made[8] = {a, b, c, d, e, f, g, h};
     for (int n = 0; n < 8; ++n)
-        state[n] += v[n];
+        state[n] += made[n];
 }
 
 void sha256_start(Sha256 *hash) {

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Sequence
 from typing import IO, Any, BinaryIO
 
 import numpy as np
@@ -39,6 +40,8 @@ class AotSession(OpenedEngine):
         bundle: Its bundle.
         engine: The engine file, already verified; what this handle shows is what is executed.
         threads: Cores that a run may use; it uses one.
+        emulator: The command line of what executes the engine where this machine is another one; whether it is of the
+            engine's kind, the caller knows.
 
     Raises:
         EngineMismatch: Built for another machine, other ISA features, or speaks another version.
@@ -51,9 +54,10 @@ class AotSession(OpenedEngine):
 
     apart = True
 
-    def __init__(self, bundle: Bundle, engine: BinaryIO, *, threads: int) -> None:
+    def __init__(self, bundle: Bundle, engine: BinaryIO, *, threads: int, emulator: Sequence[str] = ()) -> None:
         manifest = bundle.manifest
-        if mismatch := engine_mismatch(manifest.target):
+        mismatch = None if emulator else engine_mismatch(manifest.target)
+        if mismatch:
             raise mismatch
         if parse_elf(engine, manifest.engine.file).kind != "executable":
             raise BundleRefused(f"'{manifest.engine.file}' is no executable", hint="build the bundle again")
@@ -66,7 +70,7 @@ class AotSession(OpenedEngine):
         size = next(iter(manifest.batches), 0)
         self._made = [spec.bind(dict.fromkeys(spec.symbols, size)) for spec in manifest.outputs]
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = _started(engine, manifest.engine.file)
+        self._child: subprocess.Popen[bytes] | None = _started(engine, manifest.engine.file, emulator)
 
     @property
     def threads(self) -> int:
@@ -113,7 +117,7 @@ class AotSession(OpenedEngine):
         child.stdout.close()
 
 
-def _started(engine: BinaryIO, name: str) -> subprocess.Popen[bytes]:
+def _started(engine: BinaryIO, name: str, emulator: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start the very file that was verified: a copy in memory, which cannot change and needs no right to run."""
     try:
         with os.fdopen(os.memfd_create(name), "wb") as copy:
@@ -122,7 +126,7 @@ def _started(engine: BinaryIO, name: str) -> subprocess.Popen[bytes]:
             copy.flush()
             with os.fdopen(os.open(f"/proc/self/fd/{copy.fileno()}", os.O_RDONLY), "rb") as readable:
                 copy.close()  # a file that is open for writing is not executed
-                return _popen(readable.fileno(), name)
+                return _popen(readable.fileno(), name, emulator)
     except (OSError, AttributeError) as exc:  # AttributeError: Linux alone has memfd_create
         raise TargetUnavailable(
             f"'{name}' cannot be executed here: {getattr(exc, 'strerror', None) or exc}",
@@ -130,10 +134,11 @@ def _started(engine: BinaryIO, name: str) -> subprocess.Popen[bytes]:
         ) from exc
 
 
-def _popen(number: int, name: str) -> subprocess.Popen[bytes]:
+def _popen(number: int, name: str, emulator: Sequence[str]) -> subprocess.Popen[bytes]:
+    path = f"/proc/self/fd/{number}"
     return subprocess.Popen(
-        [name, "--serve"],
-        executable=f"/proc/self/fd/{number}",
+        [*emulator, path, "--serve"] if emulator else [name, "--serve"],
+        executable=None if emulator else path,
         pass_fds=(number,),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

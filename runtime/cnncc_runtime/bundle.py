@@ -36,6 +36,13 @@ MEMORY = "memory.json"
 REFERENCE = "reference.onnx"
 """The cleaned ONNX model, for `verify` and `bench`; a device does not need it."""
 
+RUNNER = "cnncc-run"
+"""The program that runs the bundle where there is no Python; see `RUNTIME`."""
+RUNTIME_LIBRARY = "libtvm_runtime.so"
+"""TVM's runtime for it."""
+RUNTIME = "runtime"
+"""Role of both, in a bundle that carries them: they are for the engine's machine."""
+
 AOT_STATIC = "aot-static"
 """Format of engines that are executables: see `cnncc_runtime.aot_session`."""
 
@@ -133,8 +140,8 @@ class FileRecord:
     Attributes:
         sha256: ``sha256:<hex>``.
         size: Bytes.
-        role: ``engine``, ``weights``, ``golden``, ``report``, ``reference``, or ``library``, which apps
-            are linked with; devices need the first three.
+        role: ``engine``, ``weights``, ``golden``, ``report``, ``reference``, ``library``, which apps are linked with,
+            or ``runtime``, which runs the engine without Python; devices need the first three.
     """
 
     sha256: str
@@ -400,7 +407,21 @@ def write_bundle(folder: Path, manifest: Manifest, files: Mapping[str, tuple[str
         data = replace(manifest, files=records).to_bytes()
         complete = Manifest.from_bytes(data)
         (folder / MANIFEST).write_bytes(data)
+        make_executable(folder, complete)
     return Bundle(folder, complete, digest_bytes(data))
+
+
+def make_executable(folder: Path, manifest: Manifest) -> None:
+    """Let a bundle's programs be run by their names; sessions need no such right.
+
+    Args:
+        folder: The bundle's.
+        manifest: Its manifest.
+    """
+    programs = [name for name, record in manifest.files.items() if (name, record.role) == (RUNNER, RUNTIME)]
+    programs += [manifest.engine.file] if manifest.engine.format == AOT_STATIC else []
+    for name in programs:
+        (folder / name).chmod(0o755)
 
 
 def to_plain(record: Any) -> Any:

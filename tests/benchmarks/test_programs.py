@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import NETWORKS, find
-from cnncc.targets.devices import resolve_profile
+from benchmarks.peak import ACCUMULATORS, INT8, build_kernel
+from cnncc.targets.devices import named, resolve_profile
 from tests.calibration.rtx import tensorrt_rtx
 from tests.conftest import ROOT
 
@@ -113,7 +114,7 @@ def test_the_peak_is_more_than_a_scalar_unit_gives(precision: str) -> None:
 
 @pytest.mark.slow
 def test_the_integer_peak_is_as_many_times_that_of_float32_as_its_instruction_multiplies() -> None:
-    """Four with VNNI and NEON; two at most with pairs of int16, which a second instruction adds up."""
+    """Eight with i8mm; four with VNNI and NEON; two at most with pairs of int16, which a second instruction adds up."""
     features = set(resolve_profile("host").features)
     if not features & {"avx512vnni", "avxvnni", "avx2", "dotprod"}:
         pytest.skip("this machine has no instruction for products of int8")
@@ -122,7 +123,14 @@ def test_the_integer_peak_is_as_many_times_that_of_float32_as_its_instruction_mu
         for precision in ("int8", "fp32")
     ]
     least = 1.2 if not features & {"avx512vnni", "avxvnni", "dotprod"} else 2.5
-    assert least < rates[0] / rates[1] < 4.5
+    assert least < rates[0] / rates[1] < (9 if "i8mm" in features else 4.5)
+
+
+@pytest.mark.parametrize(("cpu", "instruction"), [("neoverse-v1", "smmla"), ("cortex-a76", "sdot")])
+def test_the_integer_peak_is_that_of_the_fastest_instruction(cpu: str, instruction: str) -> None:
+    profile = named(resolve_profile(mtriple="aarch64-linux-gnu", mcpu=cpu))
+    code = str(build_kernel(1, INT8, profile).function.mod.inspect_source("asm"))
+    assert len(re.findall(rf"\t{instruction}\t", code)) == ACCUMULATORS
 
 
 def test_networks_have_names_of_their_own_and_others_are_models() -> None:

@@ -156,3 +156,9 @@ def test_without_a_c_compiler_it_says_how_to_get_one(tmp_path: Path) -> None:
 def test_a_benchmark_says_that_it_runs_apart(bundle: Path) -> None:
     outcome = call("bench", bundle, "--against", "ort", "--json")
     assert "through pipes" in outcome.stdout
+
+
+def test_an_executable_is_run_as_any_engine_is(bundle: Path, digits: Digits, image: Path) -> None:
+    ours, theirs = (call("run", each, "--input", image, "--json").document for each in (bundle, digits.bundle))
+    [own], [other] = ours["results"], theirs["results"]
+    assert [one["label"] for one in own["classes"]] == [one["label"] for one in other["classes"]]

@@ -10,17 +10,19 @@ import pytest
 from cnncc.graph.reader import read_onnx
 from cnncc.graph.reference import Reference
 from cnncc_runtime.bundle import REFERENCE, read_bundle
+from cnncc_runtime.cpu import host_machine
 from tests.cli.harness import DIGITS, apart
-from tests.runtime.c_runner import Runner, host_runner
+from tests.runtime.c_runner import Runner, host_runner, small_runner
 
 pytestmark = pytest.mark.slow
 
 PRECISIONS = {"fp32": (), "int8": ("--precision", "int8", "--data", "random", "--allow-slow")}
 
 
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return host_runner(tmp_path_factory.mktemp("runner"))
+@pytest.fixture(scope="module", params=["wheels", "compiled"])
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    folder = tmp_path_factory.mktemp("runner")
+    return small_runner(folder, host_machine()) if request.param == "compiled" else host_runner(folder)
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)

@@ -1,4 +1,4 @@
-"""Runs engines for AArch64 under `qemu-aarch64`, by ``cnncc-run``, on the libraries of TVM's AArch64 wheels."""
+"""Runs engines for ARM and RISC-V under qemu, by ``cnncc-run``; and a board's RPC server, of TVM's AArch64 wheels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +18,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cnncc.compiler.cache import Cache
 from cnncc.compiler.emulation import EMULATORS, emulator_for, make_runner
+from cnncc.compiler.reporting import Silent
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions, Engine, Profile
 from cnncc.targets.llvm.target import LlvmTarget
@@ -24,33 +28,40 @@ from cnncc_runtime.bundle import TargetRecord, write_bundle
 from cnncc_runtime.errors import DependencyMissing
 from cnncc_runtime.specs import TensorSpec
 from tests.conftest import ROOT
-from tests.runtime.c_runner import Runner
+from tests.runtime.c_runner import RUNTIMES, Runner
 from tests.runtime.engine_files import manifest
 
 WHEELS = ROOT / "build" / "aarch64"
 """Where `make aarch64` puts TVM's wheels."""
 EMULATOR = EMULATORS["aarch64"]
+_LIBRARIES = {"apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so", "apache-tvm": "tvm/lib/libtvm_runtime.so"}
 _OBJDUMP = "aarch64-linux-gnu-objdump"
 _THREADS = "2"
 
 
-def problem() -> str:
-    """Return what is missing here, or an empty text."""
+def problem(machine: str = "aarch64") -> str:
+    """Return what is missing here for a machine, or an empty text."""
     try:
-        emulator_for(TargetRecord("llvm", "", "", "", "aarch64", ()))
+        emulator_for(TargetRecord("llvm", "", "", "", machine, ()))
     except DependencyMissing as exc:
         return f"{exc.message}: `make aarch64` brings them"
-    wheels = [package for package in ("apache_tvm", "apache_tvm_ffi") if not list(WHEELS.glob(f"{package}-*.whl"))]
+    if machine != "aarch64":
+        return ""
     missing = [
-        *(f"{package}'s wheel in {WHEELS}" for package in wheels),
+        *(f"{package}'s wheel in {WHEELS}" for package in _LIBRARIES if _wheel(package) is None),
         *([] if shutil.which(_OBJDUMP) else [_OBJDUMP]),
     ]
     return f"{', '.join(missing)} not found: `make aarch64` brings them" if missing else ""
 
 
-def require() -> None:
+def _wheel(package: str) -> Path | None:
+    found = f"{package.replace('-', '_')}-{version(package)}-*manylinux_2_28_aarch64.whl"
+    return next(iter(sorted(WHEELS.glob(found))), None)
+
+
+def require(machine: str = "aarch64") -> None:
     """Skip the test where there is no board, but in CI fail it: there, nothing may go untested unnoticed."""
-    if found := problem():
+    if found := problem(machine):
         if os.environ.get("CI"):
             pytest.fail(found)
         pytest.skip(found)
@@ -71,7 +82,7 @@ class Board:
 
     Attributes:
         runner: ``cnncc-run`` on it.
-        folder: Holds the runner and TVM's libraries.
+        folder: Holds the runner and TVM's runtime.
         cpu: As QEMU names it.
     """
 
@@ -108,10 +119,16 @@ class Board:
         write_bundle(folder, made, engine.files)
         return folder
 
-    @property
     def libraries(self) -> list[str]:
-        """The files of TVM's libraries."""
-        return [str(self.folder / name) for name in ("libtvm_ffi.so", "libtvm_runtime.so")]
+        """Return the files of TVM's libraries for an RPC server, out of its wheels."""
+        folder = self.folder / "wheels"
+        folder.mkdir(exist_ok=True)
+        for package, name in _LIBRARIES.items():
+            wheel = _wheel(package)
+            assert wheel is not None, package
+            with zipfile.ZipFile(wheel) as archive:
+                (folder / Path(name).name).write_bytes(archive.read(name))
+        return [str(folder / Path(name).name) for name in _LIBRARIES.values()]
 
     def command(self, modalias: str) -> list[str]:
         """Return what runs a program on the board; the board's kernel says ``modalias`` of its CPU."""
@@ -144,12 +161,13 @@ def build(graph: OnnxGraph, profile: Profile, workdir: Path) -> Engine:
     return LlvmTarget(profile).build(graph, BuildOptions(profile), workdir)
 
 
-def make_board(folder: Path, cpu: str) -> Board:
+def make_board(folder: Path, cpu: str, machine: str = "aarch64") -> Board:
     """Return a board of a CPU by QEMU's name; an empty folder becomes its disk."""
+    emulator = EMULATORS[machine]
     program = folder / "cnncc-run"
     if not program.exists():
-        make_runner(EMULATOR, WHEELS, folder)
-    command = (EMULATOR.qemu, "-cpu", cpu, "-L", str(EMULATOR.sysroot))
+        make_runner(emulator, folder, Cache(RUNTIMES), Silent())
+    command = (emulator.qemu, "-cpu", cpu, "-L", str(emulator.sysroot))
     return Board(Runner(program, command, {"CNNCC_TVM_RUNTIME": ""}), folder, cpu)
 
 

@@ -14,9 +14,15 @@ from typing import Any
 import pytest
 import tvm_ffi.libinfo
 
+from cnncc.compiler.cache import Cache
+from cnncc.compiler.device_runtime import device_runtime, find_compilers, gnu_compilers
+from cnncc.compiler.reporting import Silent
+from cnncc_runtime.errors import DependencyMissing
 from cnncc_runtime.tvm_runtime import locate
 
 SOURCE = Path(__file__).resolve().parents[2] / "runtime" / "c"
+RUNTIMES = SOURCE.parents[1] / "build" / "runtimes"
+"""A cache of the runtimes that the tests compile: half a minute each."""
 EXIT_CODES = {0, 1, 2, 3, 4, 5}
 BROKEN = 99
 """Exit code of the sanitizers."""
@@ -74,6 +80,16 @@ def build_runner(folder: Path, compiler: str = "cc", flags: str = "") -> Path:
     done = subprocess.run(["make", "-s", "-C", str(SOURCE), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program
+
+
+def small_runner(folder: Path, machine: str, *prefix: str) -> Runner:
+    """The program with the runtime that is compiled from TVM's sources, once a checkout, for a machine."""
+    try:
+        compilers = gnu_compilers(machine) if prefix else find_compilers(machine, machine)
+    except DependencyMissing as exc:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(exc.message)
+    program = device_runtime(compilers, Cache(RUNTIMES), Silent()).put(folder)
+    return Runner(program, prefix, {"CNNCC_TVM_RUNTIME": ""})
 
 
 def host_runner(folder: Path) -> Runner:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.specs import TensorSpec
-from tests.runtime.c_runner import Runner, host_runner, sanitized_runner
+from tests.runtime.c_runner import Runner, host_runner, sanitized_runner, small_runner
 from tests.runtime.engine_files import WEIGHTY_RECORD, make_bundle, manifest
 
 HEAVY = ([TensorSpec("x", (512, 64))], [TensorSpec("y", (512, 64))])
@@ -44,10 +45,11 @@ def bundle(engines: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """``cnncc-run``."""
-    return host_runner(tmp_path_factory.mktemp("runner"))
+@pytest.fixture(scope="session", params=["wheels", pytest.param("compiled", marks=pytest.mark.slow)])
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """``cnncc-run``, on TVM's runtime out of its wheels, and on the one that is compiled of its sources."""
+    folder = tmp_path_factory.mktemp("runner")
+    return small_runner(folder, host_machine()) if request.param == "compiled" else host_runner(folder)
 
 
 @pytest.fixture(scope="session")

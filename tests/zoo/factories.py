@@ -6,6 +6,7 @@ leaves them, yet mild enough that signals neither vanish nor explode over a hund
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,37 @@ class UNet(nn.Module):
 def unet() -> nn.Module:
     """Return the U-Net."""
     return lively(UNet())
+
+
+class Residual(nn.Module):
+    """He et al. 2016 for small images: three stages, the latter two with strides and a projection beside."""
+
+    def __init__(self, width: int = 16, classes: int = 10) -> None:
+        super().__init__()
+        sizes = [width, width, width * 2, width * 4]
+        self.stem = _convolution(3, width)
+        self.first = nn.ModuleList(_convolution(a, b, 1 + (a != b)) for a, b in itertools.pairwise(sizes))
+        self.second = nn.ModuleList(_convolution(b, b) for b in sizes[1:])
+        self.beside = nn.ModuleList(
+            nn.Identity() if a == b else nn.Conv2d(a, b, 1, stride=2) for a, b in itertools.pairwise(sizes)
+        )
+        self.head = nn.Linear(sizes[-1], classes)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        x = self.stem(image).relu()
+        for first, second, beside in zip(self.first, self.second, self.beside, strict=True):
+            x = (second(first(x).relu()) + beside(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs))
+
+
+def residual() -> nn.Module:
+    """Return the small residual network."""
+    return lively(Residual())
 
 
 def _factory(name: str) -> Callable[[], nn.Module]:

@@ -8,6 +8,7 @@ here first.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,24 @@ def find_device(name: str) -> Device:
     return read_device(files[name])
 
 
+def oldest_glibc(name: str, *, foreign: bool = False) -> str:
+    """Return the oldest C library that a device may have (``2.31``); empty where nobody knows.
+
+    Args:
+        name: As `resolve_profile` takes it.
+        foreign: Whether another triple is taken than the device's.
+
+    Raises:
+        UsageError: An unknown device.
+    """
+    if foreign or name in GPUS:
+        return ""
+    if name == HOST:
+        library, version = platform.libc_ver()
+        return version if library == "glibc" else ""
+    return find_device(name).glibc
+
+
 def resolve_profile(
     name: str = HOST,
     mtriple: str | None = None,
@@ -138,12 +157,27 @@ def _overridden(base: Profile, mtriple: str | None, mcpu: str | None, changes: t
         cpu_name, features = base.cpu, frozenset(base.features)
     else:
         cpu_name = mcpu or isa.cpu
-        known = llvm_lists.cpus_of(triple)
-        if cpu_name not in known:
-            raise unknown(f"CPU of {isa.machine}", cpu_name, known)
-        features = llvm_lists.features_of(triple, cpu_name) & frozenset(isa.features)
+        features = cpu_features(triple, cpu_name)
     changed = _apply(features, changes, isa, triple, cpu_name)
     return Profile(f"{isa.machine}/{cpu_name}", triple, cpu_name, tuple(sorted(changed)), base.cores)
+
+
+def cpu_features(triple: str, cpu_name: str) -> frozenset[str]:
+    """Return the features that a CPU has, of those that code generation may use.
+
+    Args:
+        triple: LLVM target triple.
+        cpu_name: LLVM's name of the CPU.
+
+    Raises:
+        UsageError: An unknown triple or CPU; near matches are suggested.
+        TargetUnavailable: LLVM is needed to check a name, and is not here.
+    """
+    isa = isa_of_triple(triple)
+    known = llvm_lists.cpus_of(triple)
+    if cpu_name not in known:
+        raise unknown(f"CPU of {isa.machine}", cpu_name, known)
+    return llvm_lists.features_of(triple, cpu_name) & frozenset(isa.features)
 
 
 def named(profile: Profile) -> Profile:
@@ -185,6 +219,7 @@ __all__ = [
     "HOST",
     "NATIVE",
     "Device",
+    "cpu_features",
     "file_devices",
     "find_device",
     "host_machine",

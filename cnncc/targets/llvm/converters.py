@@ -42,3 +42,6 @@ def _clip(_builder: Any, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
 
 
 CONVERTERS: dict[str, Converter] = {"Celu": _celu, "Clip": _clip, "Swish": _swish}
+
+FLOAT32_ONLY = frozenset({"Elu", "Selu", "ThresholdedRelu"})
+"""Operators that TVM's importer mixes with float32 constants: float16 is cast for them."""

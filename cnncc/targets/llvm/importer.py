@@ -20,7 +20,7 @@ from cnncc.graph.names import module_path, node_label
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import bind_batch
 from cnncc.targets.base import NodeIssue
-from cnncc.targets.llvm.converters import CONVERTERS
+from cnncc.targets.llvm.converters import CONVERTERS, FLOAT32_ONLY
 from cnncc.targets.llvm.quiet import quiet
 from cnncc.targets.llvm.support import first_line, static_issues
 from cnncc_runtime.errors import BuildFailed, UnsupportedGraph
@@ -116,6 +116,10 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             value = CONVERTERS[op_name](self.bb, inputs, attrs, opset)
             if isinstance(value, relax.Expr):
                 value = self.bb.normalize(value)
+        elif op_name in FLOAT32_ONLY and str(inputs[0].ty.dtype) == "float16":
+            wide = self.bb.normalize(relax.op.astype(inputs[0], "float32"))
+            made = self.bb.normalize(super()._convert_operator(op_name, [wide, *inputs[1:]], attrs, opset))
+            value = self.bb.normalize(relax.op.astype(made, "float16"))
         else:
             value = super()._convert_operator(op_name, inputs, attrs, opset)
         if isinstance(value, Call) and isinstance(value.ty, relax.TensorType | relax.TupleType):

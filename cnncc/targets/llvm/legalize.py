@@ -36,10 +36,6 @@ def _shape(expr: Any) -> list[int]:
     return _ints(expr.ty.shape)
 
 
-def _is_float(*tensors: Any) -> bool:
-    return all(str(tensor.ty.dtype) == "float32" for tensor in tensors)
-
-
 def _default(name: str, builder: Any, call: Any) -> Any:
     return ir.Op.get(name).get_attr("FLegalize")(builder, call)
 
@@ -54,8 +50,10 @@ def _take(builder: Any, call: Any) -> Any:
 
 def _matmul(builder: Any, call: Any, machine: Machine) -> Any:
     left, right = call.args
-    if not _is_float(left, right, call) or len(_shape(left)) < 2 or len(_shape(right)) < 2:
+    dtypes = {str(tensor.ty.dtype) for tensor in (left, right, call)}
+    if len(dtypes) > 1 or not machine.computes(str(call.ty.dtype)) or len(_shape(left)) < 2 or len(_shape(right)) < 2:
         return _default("relax.matmul", builder, call)
+    machine = machine.of(str(call.ty.dtype))
     shape = _shape(call)
     height, width, depth = shape[-2], shape[-1], _shape(left)[-1]
     rows, vectors = matmul_tile(height, width, machine)
@@ -90,6 +88,6 @@ def _packed_right(weight: NDArray[Any], columns: int) -> NDArray[Any]:
     """Return a matrix ``[k, n]`` as ``[block of columns, k, column]``, zero-padded."""
     depth, width = weight.shape
     blocks = -(-width // columns)
-    full = np.zeros((depth, blocks * columns), "float32")
+    full = np.zeros((depth, blocks * columns), weight.dtype)
     full[:, :width] = weight
     return np.ascontiguousarray(full.reshape(depth, blocks, columns).transpose(1, 0, 2))

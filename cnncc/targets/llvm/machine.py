@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cnncc.targets.base import Profile
@@ -19,6 +19,11 @@ _FOUR_CHANNELS = 3
 """NEON multiplies by a lane of a register, which LLVM loads with four channels of a pixel. On 32-bit ARMs a few pixels
 are loaded ahead."""
 
+HALF = 2
+"""Bytes of float16."""
+_SPLIT = 4
+"""Registers that share a sum of float16: it costs no instruction but those that join them, once a chain."""
+
 
 @dataclass(frozen=True)
 class Beside:
@@ -27,12 +32,14 @@ class Beside:
     Attributes:
         spare: For what is at work.
         vector: For each vector of weights.
-        pixel: For each pixel.
+        pixel: For each pixel, or for each `rows` of them.
+        rows: Pixels that an instruction multiplies at once.
     """
 
     spare: int
     vector: int = 1
     pixel: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Machine:
     """A processor, as schedules see it.
 
     Attributes:
-        lanes: fp32 values in a vector register.
+        lanes: Elements in a vector register: float32, or float16 in what `of` returns for it.
         block: Channels that lie side by side in a blocked tensor; one or more whole vectors.
         registers: Vector registers.
         spare: Vector registers that a register tile leaves to broadcasts.
@@ -49,9 +56,15 @@ class Machine:
             that every kernel needs. None on NEON, where LLVM then loads four channels of each pixel and spills.
         tiles: Register tiles that do not spill: rows (values broadcast against each loaded vector) and vectors.
         cores: Threads that share the work.
+        tight: Whether vector registers are few and nothing is multiplied from memory.
         dot: LLVM's instruction that sums products of int8 (see `schedule.products`); empty for plain arithmetic.
+        matrix: The one that multiplies matrices of int8; empty for none.
         l1: Bytes of first-level data cache to plan with.
         l2: Bytes of second-level cache to plan with.
+        halves: Whether it multiplies vectors of float16, of twice as many lanes.
+        width: Bytes of an element.
+        abreast: Channels of a pixel that kernels of floats load at once, where instructions multiply by a lane.
+        split: Registers that share a sum of floats in a register tile: each adds up fewer products.
     """
 
     lanes: int
@@ -62,9 +75,29 @@ class Machine:
     spare: int = 1
     broadcasts: int = 32
     pointers: int = 0
+    tight: bool = False
     dot: str = ""
+    matrix: str = ""
     l1: int = 32 * _KIB
     l2: int = 512 * _KIB
+    halves: bool = False
+    width: int = 4
+    abreast: int = 1
+    split: int = 1
+
+    def computes(self, dtype: str) -> bool:
+        """Whether kernels for an element type of floats are to be had."""
+        return dtype == "float32" or (dtype == "float16" and self.halves)
+
+    def of(self, dtype: str) -> Machine:
+        """Return the machine as kernels of an element type see it."""
+        if dtype != "float16" or not self.halves or self.width == HALF:
+            return self
+        return replace(self, lanes=2 * self.lanes, width=HALF, abreast=2 * self.lanes, split=_SPLIT)
+
+    def beside_floats(self) -> Beside:
+        """Return what a register tile of floats leaves to other things than its sums."""
+        return Beside(self.spare) if self.abreast == 1 else Beside(1, pixel=1)
 
     def beside_dots(self, together: int) -> Beside:
         """Return what a register tile of int8 leaves to other things than its sums.
@@ -72,6 +105,8 @@ class Machine:
         Args:
             together: Channels that a step sums over.
         """
+        if together > _FOUR:
+            return _BESIDE_MATRICES
         if together > _PAIR and self.dot in _PAIRS:
             return Beside(3)  # a pixel, its products as int16, and the ones that these are multiplied by
         return _BESIDE_DOTS.get(self.dot, Beside(self.spare))
@@ -108,6 +143,11 @@ _DOTS = {
 _ARM_DOT = "llvm.arm.neon.vmulls.v8i16"
 """The same instruction as NEON's of AArch64, by the name that LLVM has for it on 32-bit ARMs."""
 
+_MATRIX = "llvm.aarch64.neon.smmla.v4i32.v16i8"
+"""i8mm's instruction for matrices of int8."""
+
+_FOUR = 4
+"""Channels of int8 that instructions other than those of matrices sum over, at most."""
 _PAIR = 2
 _PAIRS = frozenset({_DOTS["avx512bw"], _DOTS["avx2"], _DOTS["sse2"]})
 """Those that sum over two channels."""
@@ -119,6 +159,10 @@ _BESIDE_DOTS = {
     ),  # sums in int16, and each vector of weights in two halves
 }
 """Those that take their pixels from lanes → what else they need registers for."""
+
+_BESIDE_MATRICES = Beside(5, vector=2, pixel=1, rows=2)
+"""The weights of four channels are two vectors, and so are their sums with two pixels. With less to spare, LLVM was
+seen to spill sums: it keeps pixels for the next taps."""
 
 
 def machine_of(profile: Profile) -> Machine:
@@ -136,9 +180,13 @@ def machine_of(profile: Profile) -> Machine:
         return Machine(8, 8, 16, _TILES_OF_16, profile.cores, spare=2, broadcasts=_BROADCASTS, pointers=_X86, dot=half)
     isa = isa_of_triple(profile.triple)
     if isa is AARCH64:
-        return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=dot("dotprod", "neon"))
+        lanes, matrix = dot("dotprod", "neon"), _MATRIX if "i8mm" in features else ""
+        return Machine(
+            4, 8, 32, _TILES_OF_32, profile.cores, spare=_FOUR_CHANNELS, dot=lanes, matrix=matrix,
+            halves="fullfp16" in features,
+        )  # fmt: skip
     if isa is ARM and "neon" in features:
-        return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, dot=_ARM_DOT)
+        return Machine(4, 8, 16, _TILES_OF_ARM, profile.cores, spare=_FOUR_CHANNELS, tight=True, dot=_ARM_DOT)
     if isa is RISCV64 and "v" in features:
         return Machine(4, 8, 32, _TILES_OF_32, profile.cores, spare=2)
     if isa is ARM or isa is RISCV64:

@@ -21,7 +21,7 @@ def _reshape(call: Any, data: NDArray[Any]) -> NDArray[Any]:
     return data.reshape([int(size) for size in call.ty.shape])
 
 
-def _reciprocals(divisor: Any) -> NDArray[np.float32] | None:
+def reciprocals(divisor: Any) -> NDArray[np.float32] | None:
     """Return what to multiply with instead; None where that would not give the same."""
     if not isinstance(divisor, ir.GenericConst) or str(divisor.ty.dtype) != "float32":
         return None
@@ -64,7 +64,7 @@ class _Folder(relax.PyExprMutator):  # type: ignore[misc]
     def visit_call_(self, call: Any) -> Any:
         call = self._with_constants(self.visit_expr_post_order(call))
         name = getattr(call.op, "name", "")
-        if name == "relax.divide" and (factors := _reciprocals(call.args[1])) is not None:
+        if name == "relax.divide" and (factors := reciprocals(call.args[1])) is not None:
             return self.builder_.normalize(relax.op.multiply(call.args[0], relax.const(factors)))
         fold = FOLDS.get(name)
         if fold is None or not call.args:

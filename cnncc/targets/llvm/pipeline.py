@@ -13,6 +13,7 @@ from cnncc.targets.base import Progress
 from cnncc.targets.llvm.blocked.methods import KernelPolicy
 from cnncc.targets.llvm.blocked.propagate import BlockChannels
 from cnncc.targets.llvm.expansions import Expansions
+from cnncc.targets.llvm.halves import WidenHalves
 from cnncc.targets.llvm.layers import Call, record_origins, replay
 from cnncc.targets.llvm.legalize import legalizers
 from cnncc.targets.llvm.machine import Machine
@@ -73,6 +74,7 @@ def layout_passes(plans: Plans, policies: Mapping[str, KernelPolicy], expansions
     """Images in blocks of channels."""
     return [
         ("block-channels", BlockChannels(plans, policies, expansions)),
+        ("widen-halves", WidenHalves(plans.machine)),
         ("remove-unused", relax.transform.DeadCodeElimination()),
     ]
 

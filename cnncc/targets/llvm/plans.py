@@ -17,8 +17,15 @@ from cnncc.targets.llvm.knobs import (
     decode_winograd,
 )
 from cnncc.targets.llvm.machine import Machine
-from cnncc.targets.llvm.rules import ConvShape, DirectPlan, WindowPlan, depthwise_plan, direct_plan
-from cnncc.targets.llvm.schedule.products import Dots
+from cnncc.targets.llvm.rules import (
+    ConvShape,
+    DirectPlan,
+    WindowPlan,
+    cycles_of_sums,
+    depthwise_plan,
+    direct_plan,
+)
+from cnncc.targets.llvm.schedule.products import Dots, dots_for
 from cnncc.targets.llvm.winograd_rules import (
     WinogradPlan,
     added_bytes,
@@ -44,9 +51,27 @@ class Plans:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
+    def of(self, dtype: str) -> Plans:
+        """Return where kernels of an element type get their knobs: float16 has the rules' alone."""
+        seen = self.machine.of(dtype)
+        return self if seen is self.machine else Plans(seen)
+
     def direct(self, shape: ConvShape) -> DirectPlan:
         """Return the knobs of a direct convolution."""
         return direct_plan(shape, self.machine)
+
+    def dots(self, shape: ConvShape, held: str) -> Dots:
+        """Return how a convolution of int8 is summed: as costs least, and as any may be where that is the same.
+
+        Products of matrices need two pixels, and an element of eight channels: images that are not blocked have few.
+
+        Args:
+            shape: The convolution, in channels.
+            held: Element type of the steps.
+        """
+        first, *others = dots_for(self.machine, held)
+        found = [first, *(dots for dots in others if shape.blocked and shape.pixels >= dots.rows)]
+        return min(found, key=lambda dots: cycles_of_sums(shape.in_elements(dots.channels), self.machine))
 
     def integers(self, shape: ConvShape, _dots: Dots) -> DirectPlan:
         """Return the knobs of a convolution of int8; ``inputs`` of its shape counts elements of some dots."""

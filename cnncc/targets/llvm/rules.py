@@ -7,10 +7,10 @@ and Zen 2 does; only their ratios matter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
-from cnncc.targets.llvm.machine import Beside, Machine
+from cnncc.targets.llvm.machine import HALF, Beside, Machine
 from cnncc.targets.llvm.tiling import Tiling
 
 _LATENCY = 4.0
@@ -25,8 +25,14 @@ _L2_LANES = 2
 """Bytes a cycle that one core reads from L2 into a kernel that also computes, for each lane of a vector."""
 _FROM_L2, _BEYOND_L2 = 16, 8
 """Bytes a cycle that one core reads in a stream, while it computes."""
+_ELEMENT = 4
+"""Bytes of an element; of int8, as many channels as it has bytes, or eight."""
 _CHAIN = 160
 """Multiply-adds that follow each other in one register."""
+HALF_CHAIN = 18
+"""The same in float16, where each rounds what is summed so far: n have n / 2 times the variance of one rounding.
+ResNet-18 and MobileNetV2 (64×64, under qemu) erred 2.1 and 1.8 times the floor of `cnncc.compiler.parity` with 18, both
+3.3 times with 72; 4 are allowed, and what tensor cores do was measured as 2.8."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class ConvShape:
         dilation: Down and right.
         output: Height and width of the output.
         blocked: Whether the input is a blocked tensor; otherwise ``[n, c, h, w]``, of few channels.
-        together: Channels of int8 that are one element, over which a product sums; ``inputs`` counts elements.
+        together: Channels of int8 that are one element, over which a product sums; ``inputs`` counts elements. Eight
+            are multiplied for two pixels at once (`products.MatrixDots`).
     """
 
     batch: int
@@ -85,6 +92,19 @@ class ConvShape:
     def macs(self) -> int:
         """Multiply-adds of the direct method."""
         return self.batch * self.groups * self.inputs * self.outputs * self.taps * self.pixels
+
+    def element_bytes(self, machine: Machine) -> int:
+        """Return the bytes of an element, as kernels for a machine hold it."""
+        return max(machine.width, self.together)
+
+    @property
+    def rows(self) -> int:
+        """Pixels that are multiplied at once."""
+        return 2 if self.together > _ELEMENT else 1
+
+    def in_elements(self, channels: int) -> ConvShape:
+        """Return the convolution of int8 whose inputs are counted in elements of so many channels."""
+        return replace(self, inputs=blocks_of(self.inputs, channels), together=channels)
 
     def shared(self, machine: Machine) -> bool:
         """Return whether cores should share the work."""
@@ -160,18 +180,29 @@ def register_tiles(shape: ConvShape, machine: Machine) -> Iterator[tuple[float, 
     """Yield every register tile that does not spill: what the image costs, and the pixels and blocks of the tile."""
     vectors = machine.block // machine.lanes
     blocks = blocks_of(shape.outputs, machine.block)
-    chain = longest_chain(shape, machine) * shape.lane_block(machine) * shape.taps
     for panel in range(1, min(blocks, _PANEL) + 1):
         held = panel * vectors
         most = most_pixels(held, machine, machine.beside_dots(shape.together) if shape.together > 1 else None)
         for columns in range(1, min(most, widest_tile(shape, machine)) + 1):
-            step = _step(columns, held, chain, machine)
+            if columns % shape.rows and columns + shape.rows > most:
+                continue  # LLVM was seen to spill sums beside a pixel that is multiplied alone
+            step = _step(shape, columns, held, machine)
             yield tiling_of(shape, columns, machine).count * step * -(-blocks // panel), (columns, panel)
 
 
 def widest_tile(shape: ConvShape, machine: Machine) -> int:
     """Return how many pixels the register tile may have: beyond the end of a row there must be addresses for all."""
     return shape.pixels if shape.flat else max(shape.output[1], min(machine.pointers, shape.pixels))
+
+
+def chain_products(lanes: int, machine: Machine) -> int:
+    """Return how many products a chain should have.
+
+    Args:
+        lanes: Channels whose products go to the registers that share a sum in turn.
+        machine: What the kernel is for.
+    """
+    return _CHAIN if machine.width > HALF else HALF_CHAIN * min(machine.split, lanes)
 
 
 def most_pixels(vectors: int, machine: Machine, beside: Beside | None = None) -> int:
@@ -182,9 +213,9 @@ def most_pixels(vectors: int, machine: Machine, beside: Beside | None = None) ->
         machine: What the kernel is for.
         beside: Registers for other things than sums; what products of floats need by default.
     """
-    beside = beside or Beside(machine.spare)
+    beside = beside or machine.beside_floats()
     left = machine.registers - beside.spare - beside.vector * vectors
-    return min(left // (vectors + beside.pixel), machine.broadcasts)
+    return min(left // (beside.rows * machine.split * vectors + beside.pixel) * beside.rows, machine.broadcasts)
 
 
 def tiling_of(shape: ConvShape, columns: int, machine: Machine) -> Tiling:
@@ -193,15 +224,30 @@ def tiling_of(shape: ConvShape, columns: int, machine: Machine) -> Tiling:
     return Tiling.of(rows, wide, columns, pointers=machine.pointers)
 
 
-def _step(pixels: int, vectors: int, chain: int, machine: Machine) -> float:
+def cycles_of_sums(shape: ConvShape, machine: Machine) -> float:
+    """Return what the sums of an image cost with the cheapest register tile."""
+    block = shape.lane_block(machine)
+    steps = blocks_of(shape.inputs, block) * block * shape.taps
+    return steps * min(cost for cost, _ in register_tiles(shape, machine))
+
+
+def _step(shape: ConvShape, pixels: int, vectors: int, machine: Machine) -> float:
     """Return the cycles of one step of a register tile: multiply-adds, loads, or waiting for the last step.
 
     A load more asks for weights of the next chain. The weights of a chain pass once for every tile: from L2, where they
     do not leave half of L1 to the image.
     """
-    stays = chain * vectors * machine.lanes * 4 <= machine.l1 // 2
-    stream = 0.0 if stays else vectors * machine.lanes * 4 / (_L2_LANES * machine.lanes)
-    return max(pixels * vectors / 2, (pixels + vectors + 1) / 2, _LATENCY, stream) + _LOOP
+    element = shape.element_bytes(machine)
+    chain = longest_chain(shape, machine) * shape.lane_block(machine) * shape.taps
+    weights = vectors * machine.lanes * element
+    a_cycle = _L2_LANES * machine.lanes * machine.width / 4
+    stream = 0.0 if chain * weights <= machine.l1 // 2 else weights / a_cycle
+    sources = -(-pixels // shape.rows)
+    neighbours = shape.taps == 1 or shape.stride[1] == 1  # pixels that are multiplied at once are one load then
+    inserted = 0 if neighbours else pixels - sources  # by a load and a vector unit
+    products = sources * shape.rows * vectors + inserted + pixels % shape.rows
+    loads = sources / machine.abreast + inserted + shape.rows * vectors
+    return max(products / 2, (loads + 1) / 2, _LATENCY / machine.split, stream) + _LOOP
 
 
 def longest_chain(shape: ConvShape, machine: Machine) -> int:
@@ -210,12 +256,14 @@ def longest_chain(shape: ConvShape, machine: Machine) -> int:
     The error of a sum of n terms, one after another, grows with n; of m sums of n / m terms with n / m + m (Higham,
     Accuracy and Stability of Numerical Algorithms, section 4.3). Long chains of equal signs were seen to lose
     a digit: DenseNet-121 with constant weights. The weights of a chain stay in the first-level cache while all pixels
-    of a task pass over them.
+    of a task pass over them: chains of larger elements are shorter.
     """
     block = shape.lane_block(machine)
     total = blocks_of(shape.inputs, block)
-    most = max(1, _CHAIN // (shape.taps * block))
-    if total <= most + most // 2:
+    most = max(
+        1, chain_products(block, machine) * machine.width // shape.element_bytes(machine) // (shape.taps * block)
+    )
+    if total <= most + (most // 2 if machine.width > HALF else 0):
         return total
     return -(-total // -(-total // most))
 
@@ -229,10 +277,11 @@ def _chunk(shape: ConvShape, tile: tuple[int, int], machine: Machine) -> int:
     columns, panel = tile
     tiles = tiling_of(shape, columns, machine).count
     panels = -(-blocks_of(shape.outputs, machine.block) // panel)
-    weights = shape.groups * shape.inputs * shape.outputs * shape.taps * 4
+    element = shape.element_bytes(machine)
+    weights = shape.groups * shape.inputs * shape.outputs * shape.taps * element
     a_cycle = _FROM_L2 if weights <= machine.l2 // 2 else _BEYOND_L2
     streamed = weights / a_cycle / (shape.macs / shape.batch / (2 * machine.lanes))
-    reads = shape.inputs * columns * 4 * (1 if shape.flat else shape.stride[0] * shape.stride[1])
+    reads = shape.inputs * columns * element * (1 if shape.flat else shape.stride[0] * shape.stride[1])
     sums = columns * panel * machine.block * 4
     most = max(1, min(machine.l2 // 2 // reads, machine.l2 // 4 // sums, tiles))
     best, best_cost = most, float("inf")
@@ -326,14 +375,17 @@ def window_plan(sliding: Sliding, planes: int, machine: Machine, *, weighted: bo
     held = min(wide, 3) if weighted else 0  # of a wider kernel's weights, the rest is read as it is used
     # Long rows of few taps are worth code of their own where all rows of the kernel lie in the image: measured 8 % on
     # AVX2 and 25 % on AVX-512 at 56 × 56, nothing at 28 × 28 or with a stride; smaller tiles keep that code small.
-    unrolled = weighted and high <= 3 and sliding.stride == (1, 1) and sliding.output[0] >= 40
+    tight = machine.tight and weighted
+    unrolled = weighted and not tight and high <= 3 and sliding.stride == (1, 1) and sliding.output[0] >= 40
     least = min(4, -(-_IN_FLIGHT // vectors))
     most = min(max((machine.registers - 2) // vectors - held, least), 8 if unrolled else 14)
+    if tight:  # a fourth weight, and inputs that neighbours do not share at once, take registers as well
+        most -= (wide > held) + (sliding.stride[1] > 1 or sliding.dilation[1] > 1)
     row, columns = min(
         (_row_cycles(sliding.output[1], columns, high * wide, vectors), columns)
         for columns in range(1, min(most, sliding.output[1]) + 1)
     )
-    split = max(1, min(wide, _IN_FLIGHT // (columns * vectors)))
+    split = 1 if tight and columns > 1 else max(1, min(wide, _IN_FLIGHT // (columns * vectors)))
     cycles = planes * sliding.output[0] * (row + _ROW)
     return WindowPlan(columns, split, _window_chunk(sliding, planes, machine), unrolled, cycles > _SHARE)
 

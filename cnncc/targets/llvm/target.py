@@ -28,6 +28,7 @@ from cnncc.targets.devices import host_machine, machine_name, named
 from cnncc.targets.entries import batch_sizes
 from cnncc.targets.llvm.aot.toolchain import find_compiler
 from cnncc.targets.llvm.link import INSTALL, find_linker, link
+from cnncc.targets.llvm.machine import machine_of
 from cnncc_runtime import aot_session, engine_threads
 from cnncc_runtime.bundle import AOT_STATIC, MEMORY, EngineRecord, TargetRecord
 from cnncc_runtime.digests import canonical_json
@@ -40,6 +41,7 @@ ENGINE = "engine.so"
 FORMAT = "tvm-vm"
 _C_COMPILER = "c-compiler"
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi")
+_FP16, _BF16 = "fp16", "bf16"
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class LlvmTarget:
         return Availability("ready", f"TVM {_version('apache-tvm')}, {linker.version}")
 
     def preflight(self, options: BuildOptions) -> Preflight:
-        """Refuse GPUs, half precision, and several sizes in an executable; see `cnncc.targets.base.Preflighting`.
+        """Refuse GPUs, types that a CPU lacks, several sizes in an executable; see `cnncc.targets.base.Preflighting`.
 
         Raises:
-            UsageError: The device is a GPU, the precision none of a CPU's, or an executable is to be for several sizes.
+            UsageError: The device is a GPU, the CPU does not multiply in the precision, or an executable is to be for
+                several sizes.
             TargetUnavailable: No C compiler makes the executable.
         """
         if options.profile.gpu:
@@ -78,12 +81,7 @@ class LlvmTarget:
                 f"the llvm target builds for CPUs, and '{options.profile.name}' is a GPU",
                 hint=f"--target cuda --device {options.profile.name}",
             )
-        for asked, hint in (
-            (options.precision, "--precision fp32, int8 or auto"),
-            (options.float_type, "--float-type fp32"),
-        ):
-            if asked in ("fp16", "bf16"):
-                raise UsageError(f"the llvm target does not compute in {asked}", hint=hint)
+        _check_types(options)
         if options.runtime == AOT:
             _check_entries(dict.fromkeys(options.batches, ""))
             compiler = find_compiler(machine_name(options.profile.triple), host_machine())
@@ -184,8 +182,13 @@ class LlvmTarget:
             TargetUnavailable: TVM is missing.
             DataRefused: The database is damaged or of another kind.
             BuildFailed: TVM or LLVM broke.
-            UsageError: The graph has symbolic dimensions but no batch sizes were given.
+            UsageError: The graph has symbolic dimensions but no batch sizes were given, or computes in float16.
         """
+        if options.build.precision == _FP16:
+            raise UsageError(
+                "kernels for float16 are chosen by rule, not measured",
+                hint="leave --optimize and --kernel-database out",
+            )
         if problem := _import_problem():
             raise TargetUnavailable(problem, hint="pip install cnncc")
         build = replace(options.build, profile=named(options.build.profile))
@@ -254,6 +257,28 @@ def _graphs(graph: OnnxGraph, entries: dict[int, str], options: BuildOptions) ->
 
 def _entries(graph: OnnxGraph, batches: tuple[int, ...]) -> dict[int, str]:
     return {batch: f"main_{batch}" for batch in batch_sizes(graph, batches, "llvm")} or {0: "main"}
+
+
+def _check_types(options: BuildOptions) -> None:
+    """Refuse half precision where the CPU would convert it for every product.
+
+    Raises:
+        UsageError: It would, or the type is that of an int8 engine's float part.
+    """
+    if options.precision == _BF16:
+        raise UsageError("the llvm target does not compute in bf16", hint="--precision fp32, or fp16 with `fullfp16`")
+    if options.float_type in (_FP16, _BF16):
+        raise UsageError(
+            f"the llvm target computes what is not int8 in float32, not in {options.float_type}",
+            hint="--float-type fp32; on CPUs with `fullfp16`, --precision fp16 narrows a model without int8",
+        )
+    if options.precision == _FP16 and not machine_of(named(options.profile)).halves:
+        raise UsageError(
+            f"{options.profile.name} ({named(options.profile).cpu}) does not multiply vectors of float16 (`fullfp16`): "
+            "every value would be converted to float32 and back, which is slower than fp32",
+            hint="--precision fp32 or int8; CPUs with fullfp16 are cortex-a76 (raspberry-pi-5), cortex-a78ae (Jetson "
+            "Orin's) and neoverse-v1 (graviton3)",
+        )
 
 
 def _check_entries(entries: dict[int, str]) -> None:

@@ -155,7 +155,7 @@ def direct_cycles(shape: ConvShape, machine: Machine) -> float:
     """Return the time of the direct method: its products at a usual share of peak, or the stream of its weights."""
     lanes = blocks_of(shape.outputs, machine.block) * machine.block / shape.outputs
     sums = shape.macs * lanes / (2 * machine.lanes) / _DIRECT
-    weights = shape.groups * shape.outputs * shape.inputs * shape.taps * 4
+    weights = shape.groups * shape.outputs * shape.inputs * shape.taps * shape.element_bytes(machine)
     stream = weights / (_NEAR if weights <= machine.l2 // 2 else _FAR)
     return max(sums, stream) / machine.cores
 

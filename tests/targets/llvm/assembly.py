@@ -14,6 +14,8 @@ from tvm import relax, tirx
 from cnncc.targets.base import Profile
 from cnncc.targets.devices import named, resolve_profile
 from cnncc.targets.llvm import codegen, pipeline
+from cnncc.targets.llvm.cycles.disassembly import blocks_of, instruction
+from cnncc.targets.llvm.cycles.loops import natural_loops
 from cnncc.targets.llvm.machine import Machine, machine_of, target_options
 from cnncc.targets.llvm.quiet import quiet
 from cnncc.targets.llvm.schedule.driver import schedule
@@ -29,7 +31,9 @@ EMBEDDED = {
     "riscv64": ("riscv64-linux-gnu", "sifive-u54"),
 }
 
-"""Those whose kernels beside direct convolutions may spill."""
+"""Those whose transforms of Winograd's method may spill."""
+
+_LABEL = re.compile(r"(\.?L\w+):")
 
 Emit = Callable[[Any, Any, Machine], Any]
 """Takes the block builder, the data and the machine; returns the call of the operator."""
@@ -97,7 +101,8 @@ class Loop:
     def stores(self) -> list[str]:
         """Vector stores to memory other than the stack."""
         return [line for line in self.lines if re.search(r"mov[au]ps\s+%[xyz]mm\d+, .*\((?!%rsp)", line)
-                or re.search(r"\b(str|stp|stur|st1)\s+[{]?[qv]\d+(?!.*\[sp)", line)]  # fmt: skip
+                or re.search(r"\b(str|stp|stur|st1)\s+[{]?[qv]\d+(?!.*\[sp)", line)
+                or re.search(r"\bvst1\.|\bfsw\s(?!.*\(sp\))", line)]  # fmt: skip
 
     @property
     def stack_traffic(self) -> list[str]:
@@ -110,16 +115,30 @@ class Loop:
 
 
 def inner_loops(assembly: str) -> Iterator[Loop]:
-    """Yield the innermost loops: runs of lines that end in a jump back to their first label, no such run inside."""
-    lines = assembly.splitlines()
-    starts = {match.group(1): number for number, line in enumerate(lines) if (match := re.match(r"(\.?L\w+):", line))}
-    found: list[tuple[int, int, str]] = []
-    for number, line in enumerate(lines):
-        match = re.match(
-            r"\s+(?:j\w*|b\.?\w*|cbn?z\s+\w+,|tbn?z\s+\w+,\s*#?\d+,|b\w+\s+\w+,(?:\s*\w+,)?)\s+(\.?L\w+)", line
-        )
-        if match and starts.get(match.group(1), number + 1) <= number:
-            found.append((starts[match.group(1)], number, match.group(1)))
-    for start, end, label in found:
-        if not any(start <= s and e < end for s, e, _ in found if (s, e) != (start, end)):
-            yield Loop(label, tuple(text.strip() for text in lines[start : end + 1]))
+    """Yield the loops that have no loop inside."""
+    labels, lines = _instructions(assembly)
+    blocks = blocks_of(tuple(instruction(address, _with_targets(line, labels)) for address, line in enumerate(lines)))
+    names = {address: label for label, address in labels.items()}
+    loops = natural_loops(blocks.successors)
+    for loop in loops:
+        if not any(other.body < loop.body for other in loops):
+            code = [one for block in sorted(loop.body) for one in blocks.code[block]]
+            label = names[blocks.code[loop.header][0].address]
+            yield Loop(label, tuple(lines[one.address] for one in code))
+
+
+def _instructions(assembly: str) -> tuple[dict[str, int], list[str]]:
+    """Return label → the position of what it stands before, and the instructions."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in assembly.splitlines():
+        if match := _LABEL.match(line):
+            labels[match[1]] = len(lines)
+        elif re.match(r"\s+[a-z{]", line):
+            lines.append(line.strip())
+    return labels, lines
+
+
+def _with_targets(line: str, labels: dict[str, int]) -> str:
+    """Return an instruction as a disassembler writes it: an address, and then its name."""
+    return re.sub(r"(?<![\w.])(\.?L\w+)$", lambda match: f"{labels.get(match[1], -1):x} <{match[1]}>", line)

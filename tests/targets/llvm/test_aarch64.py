@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from cnncc.calibration.plan import layers_of, plan_for
@@ -110,10 +112,14 @@ def test_products_are_what_the_instruction_set_has(engines: dict[str, Engine]) -
     def count(cpu: str, instruction: str) -> int:
         return len(re.findall(rf"\t{instruction}\t", disassembly(engines[cpu].payload)))
 
-    assert count("cortex-a72", "sdot") == 0
     assert count("cortex-a72", "sadalp") > 100
+    assert count("cortex-a76", "sdot") > 100
+    assert count("neoverse-v1", "smmla") > 100
+    assert count("neoverse-v1", "sdot") > 10, "the first layer and the product of one row"
+    assert count("cortex-a72", "sdot") == 0
+    for cpu in ("cortex-a72", "cortex-a76"):
+        assert count(cpu, "smmla") == 0
     for cpu in ("cortex-a76", "neoverse-v1"):
-        assert count(cpu, "sdot") > 100
         assert count(cpu, "sadalp") == 0
 
 
@@ -126,6 +132,23 @@ def test_an_engine_with_dotprod_is_refused_where_there_is_none_and_would_die(
     lying = replace(engine, target=replace(engine.target, features=()))
     died = board.runner(board.bundle(tmp_path / "lying", lying, network()), "--bench", "0.1", code=5).stderr
     assert "the engine crashed" in died
+
+
+def test_an_engine_with_i8mm_is_refused_where_there_is_none_and_would_die(
+    boards: dict[str, Board], tmp_path: Path
+) -> None:
+    profile = named(resolve_profile(mtriple="aarch64-linux-gnu", mcpu="cortex-a76", mattr=["+i8mm"]))
+    engine = build(network(), profile, tmp_path / "build")
+    board = boards["cortex-a76"]
+    refused = board.runner(board.bundle(tmp_path / "honest", engine, network()), code=3).stderr
+    assert "built for: cortex-a76, found: a CPU which lacks i8mm" in refused
+    honest = set(engine.target.features)
+    lying = replace(engine, target=replace(engine.target, features=tuple(sorted(honest - {"i8mm"}))))
+    died = board.runner(board.bundle(tmp_path / "lying", lying, network()), "--bench", "0.1", code=5).stderr
+    assert "the engine crashed" in died
+    (got,) = boards["neoverse-v1"].run(engine, network(), [feeds_of(images(1, seed=1, shape=SHAPE))[0]["x"]])
+    (want,) = Reference(network()).run(feeds_of(images(1, seed=1, shape=SHAPE))[0]).values()
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -143,3 +166,63 @@ def test_a_convolution_of_int8_is_exact(
     cpu: str, case: Case, steps: str, weights: str, seed: int, boards: dict[str, Board], tmp_path: Path
 ) -> None:
     check(case, runner(boards[cpu], cpu, tmp_path), steps, weights, seed)
+
+
+MATRICES = {
+    "one pair of pixels and of channels": Case(
+        1, 1, 8, 2, (1, 2), (1, 1), (1, 1), (0,) * 4, (1, 1), False, False, "none"
+    ),
+    "odd channels": Case(1, 1, 13, 11, (6, 10), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True, False, "relu"),
+    "odd rows": Case(1, 1, 24, 40, (7, 7), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True, False, "quantized"),
+    "rows of 3": Case(1, 1, 24, 16, (5, 3), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "quantized"),
+    "rows of 1": Case(1, 1, 16, 16, (9, 1), (3, 1), (1, 1), (1, 0, 1, 0), (1, 1), False, False, "none"),
+    "rows of 23": Case(1, 1, 16, 24, (3, 23), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "quantized"),
+    "stride 2": Case(1, 1, 24, 40, (15, 17), (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), True, False, "quantized"),
+    "stride 3 to the right": Case(1, 1, 24, 24, (8, 29), (3, 3), (1, 3), (1, 1, 1, 1), (1, 1), True, False, "none"),
+    "dilation": Case(1, 1, 20, 33, (11, 13), (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), False, False, "quantized"),
+    "groups": Case(1, 3, 8, 16, (9, 11), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True, False, "quantized"),
+    "groups of odd channels": Case(1, 4, 6, 10, (8, 8), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "none"),
+    "1×1": Case(1, 1, 72, 40, (7, 9), (1, 1), (1, 1), (0,) * 4, (1, 1), True, False, "quantized"),
+    "1×1 stride 2": Case(1, 1, 40, 24, (9, 9), (1, 1), (2, 2), (0,) * 4, (1, 1), True, False, "relu"),
+    "1×1 of odd pixels": Case(1, 1, 24, 10, (3, 5), (1, 1), (1, 1), (0,) * 4, (1, 1), True, False, "none"),
+    "padding on one side": Case(1, 1, 17, 9, (6, 8), (2, 4), (1, 1), (1, 0, 0, 3), (1, 1), False, False, "none"),
+    "residual": Case(1, 1, 32, 32, (14, 14), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True, True, "relu"),
+    "batch 2": Case(2, 1, 24, 40, (6, 9), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True, True, "quantized"),
+    "several chains": Case(1, 1, 111, 40, (5, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False, False, "quantized"),
+    "many outputs": Case(1, 1, 16, 200, (4, 2), (1, 1), (1, 1), (0,) * 4, (1, 1), False, False, "none"),
+}
+"""Convolutions that are products of matrices."""
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("extremes", [("random", "random"), ("smallest", "opposite")], ids=["random", "extreme"])
+def test_a_product_of_matrices_is_exact(
+    name: str, extremes: tuple[str, str], boards: dict[str, Board], tmp_path: Path
+) -> None:
+    profile, made = named(resolve_profile("graviton3")), []
+
+    def run(graph: OnnxGraph, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        made.append(build(graph, profile, tmp_path))
+        return boards["neoverse-v1"].run(made[0], graph, [feeds[spec.name] for spec in graph.inputs])
+
+    check(MATRICES[name], run, *extremes, seed=len(name))
+    code = disassembly(made[0].payload)
+    assert "\tsmmla\t" in code
+    assert "\tsdot\t" not in code
+
+
+@st.composite
+def matrix_cases(draw: Any) -> Case:
+    """Draw convolutions of enough pixels and channels that they are products of matrices."""
+    case: Case = draw(integer_cases())
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    image = (max(case.image[0], 4), max(case.image[1], 4))
+    return replace(case, groups=groups, inputs=draw(st.integers(5, 40)), outputs=draw(st.integers(2, 40)), image=image)
+
+
+@given(case=matrix_cases(), steps=EXTREMES, weights=EXTREMES, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_products_of_matrices_are_exact_whatever_their_shape(
+    case: Case, steps: str, weights: str, seed: int, boards: dict[str, Board], tmp_path: Path
+) -> None:
+    check(case, runner(boards["neoverse-v1"], "neoverse-v1", tmp_path), steps, weights, seed)

@@ -22,6 +22,7 @@ from cnncc_runtime.elf import read_elf
 from tests.calibration.graphs import feeds_of, images
 from tests.qemu.kernels import PREFIXES, Bare, make_bare
 from tests.targets.conformance import small_graph
+from tests.targets.llvm.running import kernels_of
 from tests.targets.llvm.test_aarch64 import SHAPE, network
 from tests.targets.llvm.test_convolutions import Case, cases, graph_of_case
 from tests.targets.llvm.test_integers import EXTREMES, LARGEST, check, check_largest, integer_cases
@@ -64,6 +65,17 @@ def test_a_convolution_computes_what_onnx_runtime_computes(machine: Bare, case: 
     graph = graph_of_case(case)
     rng = np.random.default_rng(6)
     feeds = {spec.name: rng.standard_normal(spec.shape).astype("float32") for spec in graph.inputs}
+    (got,) = machine.run(graph, feeds)
+    np.testing.assert_allclose(got, Reference(graph).run(feeds)["y"], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("inputs", [16, 18, 13], ids="{} channels".format)
+def test_winograds_method_computes_what_onnx_runtime_computes(machine: Bare, inputs: int) -> None:
+    """Of whole blocks of channels, of even ones, and of odd ones: steps of the products are of one channel or two."""
+    case = Case(1, 1, inputs, 24, (26, 23), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True, False, "relu")
+    graph = graph_of_case(case)
+    assert [name for name in kernels_of(graph, machine.device.profile) if "winograd" in name]
+    feeds = {"x": np.random.default_rng(6).standard_normal((1, inputs, 26, 23)).astype("float32")}
     (got,) = machine.run(graph, feeds)
     np.testing.assert_allclose(got, Reference(graph).run(feeds)["y"], rtol=1e-4, atol=2e-5)
 

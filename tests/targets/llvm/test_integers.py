@@ -425,6 +425,7 @@ INSTRUCTIONS = {
     "AVX2": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddwd\s+.*%ymm"),
     "AVX2, positive": ("x86_64-linux-gnu", "x86-64-v3", r"vpmaddubsw\s+.*%ymm"),
     "dotprod": ("aarch64-linux-gnu", "cortex-a76", r"\bsdot\b.*\.4b\[\d\]"),
+    "i8mm": ("aarch64-linux-gnu", "neoverse-v1", r"\bsmmla\b"),
     "NEON": ("aarch64-linux-gnu", "cortex-a72", r"\bsadalp\b"),
 }
 """Name → triple, CPU and the instruction that its products are made of."""
@@ -440,12 +441,13 @@ def test_int8_uses_the_instruction_of_its_set_and_spills_nothing(name: str, kern
     image = (size, size)
     shape = ConvShape(1, 1, 64, 64, image, (kernel, kernel), (1, 1), (kernel // 2,) * 4, (1, 1), image)
     weight = np.ones((64, 64, kernel, kernel), np.int8)
-    dots = dots_of(machine, positive=name.endswith("positive"))
+    held = dots_of(machine, positive=name.endswith("positive")).steps
+    dots = Plans(machine).dots(shape, held)
     text = kernel_assembly(
         profile, blocked_shape((1, 64, *image), machine.block),
-        lambda builder, x, m: integer_conv2d(builder, x, weight, shape, Plans(m)), dots.steps,
+        lambda builder, x, m: integer_conv2d(builder, x, weight, shape, Plans(m)), held,
     )  # fmt: skip
-    plan = direct_plan(replace(shape, inputs=64 // dots.channels, together=dots.channels), machine)
+    plan = direct_plan(shape.in_elements(dots.channels), machine)
     registers = plan.columns * plan.panel * (machine.block // machine.lanes)
     hot = [loop for loop in inner_loops(text) if loop.count(instruction) >= registers]
     assert hot, f"no inner loop holds {registers} of {instruction}"

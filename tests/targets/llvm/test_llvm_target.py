@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cnncc.targets.base import Engine, Target
+from cnncc.targets.base import BuildOptions, Engine, MeasureOptions, Target
 from cnncc.targets.devices import resolve_profile
 from cnncc.targets.llvm.target import LlvmTarget
 from cnncc_runtime.elf import read_elf
@@ -120,3 +120,53 @@ def test_nan_passes_through_relu(tmp_path: Path) -> None:
     engine = TestLlvmTarget().build(LlvmTarget(resolve_profile()), graph, tmp_path)
     x = np.full((1, 64), np.nan, "float32")
     assert np.isnan(run_engine(engine, "main", [x])[0]).all()
+
+
+def refusal(device: str, precision: str, float_type: str = "fp32") -> str:
+    """Return what the preflight of a build says, empty where it may go on."""
+    profile = resolve_profile(device)
+    try:
+        LlvmTarget(profile).preflight(BuildOptions(profile, precision=precision, float_type=float_type))
+    except UsageError as exc:
+        return f"{exc.message}; {exc.hint}"
+    return ""
+
+
+@pytest.mark.parametrize("device", ["raspberry-pi-5", "jetson-orin-cpu", "graviton3"])
+def test_float16_is_for_cpus_that_multiply_vectors_of_it(device: str) -> None:
+    assert refusal(device, "fp16") == ""
+
+
+@pytest.mark.parametrize("device", ["raspberry-pi-4", "cortex-a7", "riscv64", "x86-64-v4"])
+def test_other_cpus_refuse_float16_and_say_why(device: str) -> None:
+    said = refusal(device, "fp16")
+    assert device in said
+    assert "converted to float32 and back" in said
+    assert "--precision fp32" in said
+
+
+def test_bfloat16_and_the_float_part_of_int8_in_half_precision_are_refused() -> None:
+    assert "does not compute in bf16" in refusal("graviton3", "bf16")
+    assert "computes what is not int8 in float32" in refusal("raspberry-pi-5", "int8", "fp16")
+
+
+def test_kernels_of_float16_are_not_measured() -> None:
+    from tests.targets.conformance import small_graph
+
+    profile = resolve_profile("raspberry-pi-5")
+    with pytest.raises(UsageError, match="not measured"):
+        LlvmTarget(profile).measure(small_graph(), MeasureOptions(BuildOptions(profile, precision="fp16")))
+
+
+def test_a_graph_in_float16_adds_up_in_float32_on_a_cpu_without_kernels_for_it() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    from tests.targets.conformance import graph_of
+    from tests.targets.llvm.running import run_graph
+
+    ones = numpy_helper.from_array(np.ones((5000, 8), "float16"), "w")
+    half = TensorProto.FLOAT16
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "product")]
+    graph = graph_of(nodes, {"x": (half, [1, 5000])}, {"y": (half, [1, 8])}, [ones])
+    (got,) = run_graph(graph, {"x": np.ones((1, 5000), "float16")}, resolve_profile(mcpu="x86-64-v3"))
+    np.testing.assert_array_equal(got, np.full((1, 8), 5000, "float16"))  # float16 would stay at 2048

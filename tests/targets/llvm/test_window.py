@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from cnncc.targets.llvm.blocked.window import average_pool, depthwise, divisors_
 from cnncc.targets.llvm.machine import Machine, machine_of
 from cnncc.targets.llvm.rules import ConvShape, Sliding, window_plan
 from cnncc.targets.llvm.schedule.window import GREATEST, SUM, WEIGHTED
-from tests.targets.llvm.assembly import ISAS, inner_loops, isa_profile, kernel_assembly
+from tests.targets.llvm.assembly import EMBEDDED, ISAS, inner_loops, isa_profile, kernel_assembly
 from tests.targets.llvm.blocked_calls import compile_call, per_channel, profile_of, run_blocked
 
 CPUS = ["host", "x86-64-v3"]
@@ -244,11 +245,18 @@ REGISTER_CASES = [
     Case(1, 48, (56, 56), (3, 3), (2, 2), (1, 1, 1, 1)),
     Case(1, 48, (28, 28), (5, 5), (1, 1), (2, 2, 2, 2)),
     Case(1, 48, (56, 56), (7, 7), (1, 1), (3, 3, 3, 3)),
+    Case(1, 48, (28, 28), (5, 5), (2, 2), (2, 2, 2, 2)),
+    Case(1, 48, (28, 28), (3, 3), (1, 1), (2, 2, 2, 2), (2, 2)),
 ]
 
 
-@pytest.mark.parametrize("isa", [*ISAS, "riscv64"])
-@pytest.mark.parametrize("case", REGISTER_CASES, ids=str)
+LONG_ROWS = Case(1, 48, (112, 112), (3, 3), (1, 1), (1, 1, 1, 1))
+"""Unrolled where there are registers for it."""
+
+
+@pytest.mark.parametrize(
+    ("case", "isa"), [*itertools.product(REGISTER_CASES, [*ISAS, *EMBEDDED]), (LONG_ROWS, "armv7")], ids=str
+)
 def test_sums_of_a_depthwise_convolution_stay_in_registers(case: Case, isa: str) -> None:
     profile = isa_profile(isa)
     shape = blocked_shape((case.batch, case.channels, *case.image), machine_of(profile).block)

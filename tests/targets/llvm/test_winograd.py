@@ -22,7 +22,7 @@ from cnncc.targets.llvm.rules import ConvShape
 from cnncc.targets.llvm.schedule.rules import RULES
 from cnncc.targets.llvm.winograd_rules import WinogradPlan, candidates, winograd_plan
 from tests.targets.llvm import blocked_calls
-from tests.targets.llvm.assembly import ISAS, inner_loops, isa_profile, kernel_assembly
+from tests.targets.llvm.assembly import EMBEDDED, ISAS, inner_loops, isa_profile, kernel_assembly
 from tests.targets.llvm.blocked_calls import compile_call, per_channel, profile_of, unpacked
 
 CPUS = ("host", "x86-64-v3")
@@ -186,7 +186,7 @@ def test_the_matrices_that_the_kernel_uses_are_exact_in_float32(size: int) -> No
         assert np.array_equal(np.array(matrix), np.array(matrix, "float32"))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS, *EMBEDDED])
 @pytest.mark.parametrize("name", ["64 channels on 56×56", "512 channels on 14×14"])
 def test_the_products_spill_nothing(name: str, isa: str) -> None:
     channels, extent = (64, 56) if name.startswith("64") else (512, 14)

@@ -73,7 +73,7 @@ def pack_weights(weight: NDArray[Any], shape: ConvShape, plan: DirectPlan, machi
     """Return weights as ``[group, panel, input block, kh, kw, input channel, output channel]``, zero-padded."""
     inner, outer = shape.lane_block(machine), plan.panel * machine.block
     panels, blocks = blocks_of(shape.outputs, outer), blocks_of(shape.inputs, inner)
-    full = np.zeros((shape.groups, panels * outer, blocks * inner, *shape.kernel), "float32")
+    full = np.zeros((shape.groups, panels * outer, blocks * inner, *shape.kernel), weight.dtype)
     full[:, : shape.outputs, : shape.inputs] = weight.reshape(shape.groups, shape.outputs, shape.inputs, *shape.kernel)
     split = full.reshape(shape.groups, panels, outer, blocks, inner, *shape.kernel)
     return np.ascontiguousarray(split.transpose(0, 1, 3, 5, 6, 4, 2))
@@ -103,7 +103,7 @@ def definition(shape: ConvShape, plan: DirectPlan, machine: Machine) -> Any:
 
         def element(n: Any, ob: Any, oh: Any, ow: Any, lane: Any) -> Any:
             group, own = ob // outputs, ob % outputs
-            value = under_tap(x, shape, inner, (n, group, oh, ow), taps, tirx.const(0.0, "float32"))
+            value = under_tap(x, shape, inner, (n, group, oh, ow), taps, tirx.const(0.0, str(x.dtype)))
             weight = w(group, own // plan.panel, kb, kh, kw, ic, own % plan.panel * block + lane)
             return te.sum(value * weight, axis=list(taps))
 

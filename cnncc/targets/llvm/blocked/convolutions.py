@@ -57,7 +57,7 @@ def convolution(context: Context, call: Any, name: str | None) -> Image | None:
     steps = context.steps(call.args[0])
     integers = _integers(context, call) if layout == "NCHW" and steps is not None and steps.is_image else None
     weight, scales = integers or (context.constant(call.args[1]), None)
-    if weight is None or layout not in ("NCHW", "NCW") or not _is_float(call, *call.args):
+    if weight is None or layout not in ("NCHW", "NCW") or not _is_float(context, call, *call.args):
         return None
     order = layout.lower()
     stride, dilation = _ints(attrs.strides), _ints(attrs.dilation)
@@ -92,13 +92,14 @@ def convolve(context: Context, data: Any, spec: Convolution, order: str, name: s
     """
     dims = dims_of(shape_of(data), order)
     result = (dims[0], spec.weight.shape[0], *spec.output)
+    plans = context.plans.of(str(data.ty.dtype))
     if spec.scales is not None:
         return _convolve_steps(context, data, spec, result, name)
     if spec.groups > 1 and spec.weight.shape[:2] == (spec.groups, 1):
         image = context.blocked(data, order)
         shape = _shape(spec, dims, (1, 1), spec.groups, blocked=True)
         call = depthwise(
-            context.builder, context.whole(image), spec.weight, shape, context.machine, context.plans.depthwise(shape)
+            context.builder, context.whole(image), spec.weight, shape, plans.machine, plans.depthwise(shape)
         )
         return context.result(call, result, order, name)
     weight, groups = whole_groups(spec.weight, spec.groups, context.block)
@@ -110,6 +111,8 @@ def convolve(context: Context, data: Any, spec: Convolution, order: str, name: s
         operand, weight = _operand(context, context.blocked(data, order), weight, groups)
     if groups * weight.shape[1] > dims[1] and groups > 1:
         operand = _cleared(context, operand, dims[1], context.name(data))
+    if not few:
+        operand, weight = _whole_blocks(context, operand, weight, context.name(data))
     inputs, outputs = weight.shape[1], weight.shape[0] // groups
     shape = _shape(spec, dims, (inputs, outputs), groups, blocked=not few)
     if spec.winograd is not None and applies(shape, context.machine):
@@ -117,7 +120,7 @@ def convolve(context: Context, data: Any, spec: Convolution, order: str, name: s
             context.builder, operand, weight, shape, spec.winograd, context.machine, context.expansions
         )
     else:
-        call = conv2d(context.builder, operand, weight, shape, context.machine, context.plans.direct(shape))
+        call = conv2d(context.builder, operand, weight, shape, plans.machine, plans.direct(shape))
     return context.result(call, result, order, name)
 
 
@@ -179,10 +182,19 @@ def _operand(context: Context, image: Image, weight: NDArray[Any], groups: int) 
     return context.whole(image), weight
 
 
+def _whole_blocks(context: Context, operand: Any, weight: NDArray[Any], name: str | None) -> tuple[Any, NDArray[Any]]:
+    """Return a convolution's operand and weights with whole blocks of channels, where its kernel loads whole blocks."""
+    missing = -weight.shape[1] % context.block
+    if not missing or context.machine.of(str(operand.ty.dtype)).abreast == 1:
+        return operand, weight
+    filled = np.pad(weight, [(0, 0), (0, missing), (0, 0), (0, 0)])
+    return _cleared(context, operand, weight.shape[1], name), filled
+
+
 def _cleared(context: Context, operand: Any, channels: int, name: str | None) -> Any:
     """Return a blocked tensor whose lanes after the last channel are 0; its producer does that on the way."""
     inside = pack_channels(np.ones((1, channels, 1, 1), "bool"), context.block, axis=1, fill=0)
-    return context.emit(relax.op.where(relax.const(inside), operand, relax.const(0.0, "float32")), name)
+    return context.emit(relax.op.where(relax.const(inside), operand, relax.const(0.0, operand.ty.dtype)), name)
 
 
 def _shape(spec: Convolution, dims: Dims, channels: tuple[int, int], groups: int, *, blocked: bool) -> ConvShape:
@@ -204,7 +216,7 @@ def product(context: Context, call: Any, name: str | None) -> Value | None:
     if (integers := _integers(context, call)) is not None:
         return _product_of_steps(context, call, *integers, name)
     left, matrix = context.value(call.args[0]), context.constant(call.args[1])
-    if matrix is None or matrix.ndim != 2 or not _is_float(call, call.args[0]):
+    if matrix is None or matrix.ndim != 2 or not _is_float(context, call, call.args[0]):
         return None
     if left.base is not None and left.plain is None and not left.grid:
         return _product_of_rows(context, left.base, matrix, name)
@@ -213,10 +225,11 @@ def product(context: Context, call: Any, name: str | None) -> Value | None:
         return None
     weight = np.ascontiguousarray(matrix.T)[:, :, None, None]
     spec = Convolution(weight, 1, (1, 1), (0, 0, 0, 0), (1, 1), image.dims[2:])
-    operand, weight = _operand(context, image, weight, 1)
+    operand, weight = _whole_blocks(context, *_operand(context, image, weight, 1), image.name)
     shape = _shape(spec, image.dims, (weight.shape[1], weight.shape[0]), 1, blocked=True)
     dims = (image.dims[0], matrix.shape[1], *image.dims[2:])
-    made = conv2d(context.builder, operand, weight, shape, context.machine, context.plans.direct(shape))
+    plans = context.plans.of(str(matrix.dtype))
+    made = conv2d(context.builder, operand, weight, shape, plans.machine, plans.direct(shape))
     return Value(image=context.result(made, dims, image.order, name))
 
 
@@ -248,8 +261,9 @@ def _product_of_rows(context: Context, image: Image, matrix: NDArray[Any], name:
     return Value(plain=context.emit(relax.op.matmul(flat, relax.const(ordered)), name))
 
 
-def _is_float(*tensors: Any) -> bool:
-    return all(str(tensor.ty.dtype) == "float32" for tensor in tensors)
+def _is_float(context: Context, *tensors: Any) -> bool:
+    dtypes = {str(tensor.ty.dtype) for tensor in tensors}
+    return len(dtypes) == 1 and context.machine.computes(dtypes.pop())
 
 
 def _ints(values: Any) -> list[int]:

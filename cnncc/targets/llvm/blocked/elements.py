@@ -30,9 +30,6 @@ _SEVERAL = frozenset(
     }
 )  # fmt: skip
 
-_DTYPES = frozenset({"float32", "bool"})
-"""Integers stay plain: lanes after the last channel could divide by zero, which traps."""
-
 _INJECTIVE = 2
 """TVM's ``kInjective``: element-wise operators may follow it, it joins no sum before it."""
 
@@ -51,7 +48,7 @@ def elementwise(context: Context, call: Any, name: str | None, *, wanted: bool) 
     """
     tensors = [arg for arg in call.args if isinstance(arg.ty, relax.TensorType)]
     layout = _leading(context, tensors)
-    if layout is None or any(str(tensor.ty.dtype) not in _DTYPES for tensor in (call, *tensors)):
+    if layout is None or not all(_may_be_blocked(context, tensor) for tensor in (call, *tensors)):
         return None
     shape = shape_of(call)
     if len(shape) > len(layout.order):
@@ -68,6 +65,11 @@ def elementwise(context: Context, call: Any, name: str | None, *, wanted: bool) 
     if any(_is_stretched(context.image(tensor), dims) for tensor in tensors):
         made = _apart(context, made)
     return context.result(made, dims, layout.order, name)
+
+
+def _may_be_blocked(context: Context, tensor: Any) -> bool:
+    """Whether a tensor holds floats or masks; of integers, lanes after the last channel could divide by 0: a trap."""
+    return str(tensor.ty.dtype) == "bool" or context.machine.computes(str(tensor.ty.dtype))
 
 
 def _as_tensor(arg: Any) -> Any:

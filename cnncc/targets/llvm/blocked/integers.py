@@ -22,7 +22,7 @@ from cnncc.targets.llvm.blocked.wants import variables
 from cnncc.targets.llvm.rules import ConvShape, DirectPlan
 from cnncc.targets.llvm.schedule.anchor import FUSES, KERNEL, MEASURED, PARAMETERS
 from cnncc.targets.llvm.schedule.conv2d import INTEGER_CONV2D
-from cnncc.targets.llvm.schedule.products import ZERO, Dots, as_float, dots_for
+from cnncc.targets.llvm.schedule.products import ZERO, Dots, as_float
 
 if TYPE_CHECKING:
     from cnncc.targets.llvm.machine import Machine
@@ -270,8 +270,8 @@ def integer_conv2d(builder: Any, steps: Any, weight: NDArray[np.int8], shape: Co
         A call of type int32 ``[n, ⌈c / b⌉, h, w, b]``.
     """
     machine = plans.machine
-    dots = dots_for(machine, str(steps.ty.dtype))
-    counted = replace(shape, inputs=blocks_of(shape.inputs, dots.channels), together=dots.channels)
+    dots = plans.dots(shape, str(steps.ty.dtype))
+    counted = shape.in_elements(dots.channels)
     plan = plans.integers(counted, dots)
     packed = relax.const(pack_weights(weight, shape, plan, machine, dots))
     define = _definition(shape, counted, plan, machine, dots)

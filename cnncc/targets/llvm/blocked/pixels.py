@@ -14,7 +14,9 @@ from cnncc.targets.llvm.blocked.image import NCHW, Image, dims_of
 def resize(context: Context, call: Any, name: str | None) -> Image | None:
     """Return resized images, or None where the data are plain."""
     image, attrs = context.image(call.args[0]), call.attrs
-    if image is None or image.order != NCHW or str(attrs.layout) != NCHW.upper() or str(call.ty.dtype) != "float32":
+    if image is None or image.order != NCHW or str(attrs.layout) != NCHW.upper():
+        return None
+    if not context.machine.computes(str(call.ty.dtype)):
         return None
     dims = dims_of(shape_of(call), NCHW)
     made = context.builder.call_te(

@@ -20,7 +20,9 @@ def concat(context: Context, call: Any, name: str | None, *, wanted: bool) -> Im
     """Return tensors after each other, or None where they are to be plain."""
     fields = list(call.args[0].fields) if isinstance(call.args[0], relax.Tuple) else []
     images = [image for image in map(context.image, fields) if image is not None]
-    if not images or str(call.ty.dtype) != "float32" or not (wanted or len(images) == len(fields)):
+    if not images or not (wanted or len(images) == len(fields)):
+        return None
+    if not context.machine.computes(str(call.ty.dtype)):
         return None
     order = images[0].order
     if len(order) != len(shape_of(call)):
@@ -81,7 +83,7 @@ def take(context: Context, call: Any, name: str | None) -> Value | None:
 
 def _float_image(context: Context, call: Any) -> Image | None:
     """Return the blocked form of a call's operand; masks are not gathered."""
-    return context.image(call.args[0]) if str(call.args[0].ty.dtype) == "float32" else None
+    return context.image(call.args[0]) if context.machine.computes(str(call.args[0].ty.dtype)) else None
 
 
 def _picked(context: Context, image: Image, axis: int, numbers: range, name: str | None) -> Image:

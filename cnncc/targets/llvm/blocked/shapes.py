@@ -55,7 +55,7 @@ def reshape(context: Context, call: Any, name: str | None) -> Value | None:
     for order in fitting_orders(image.dims, shape, image.order):
         if _same_sequence(image, order):
             return Value(image=image.reordered(order, name))
-    if str(call.ty.dtype) != "float32":  # masks are not gathered
+    if not context.machine.computes(str(call.ty.dtype)):  # masks are not gathered
         return None
     return _channels_regrouped(context, image, shape, name) or _pixels_regrouped(context, image, shape, name)
 

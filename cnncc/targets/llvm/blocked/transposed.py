@@ -81,7 +81,7 @@ def transposed_convolution(context: Context, call: Any, name: str | None) -> Ima
     kernel = weight.shape[2:]
     if any(int(size) != 1 for size in attrs.dilation) or any(k < s for k, s in zip(kernel, stride, strict=True)):
         return None
-    if stride[0] * stride[1] > _MOST_PHASES or str(call.ty.dtype) != "float32":
+    if stride[0] * stride[1] > _MOST_PHASES or not context.machine.computes(str(call.ty.dtype)):
         return None
     result = dims_of(shape_of(call), NCHW)
     before = [int(size) for size in attrs.padding][:2]

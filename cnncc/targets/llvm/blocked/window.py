@@ -31,7 +31,7 @@ def depthwise(
 
     Args:
         builder: Relax block builder.
-        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` float32, or steps, whose sums are whole numbers in float32.
+        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` floats, or steps, whose sums are whole numbers in float32.
         weight: ``[c, 1, kh, kw]``.
         shape: The convolution, with as many groups as channels.
         machine: What the kernel is for.
@@ -40,7 +40,7 @@ def depthwise(
     Returns:
         A call of type ``[n, ⌈c / b⌉, oh, ow, b]``.
     """
-    packed = relax.const(pack_channels(weight[:, 0].astype("float32"), machine.block))
+    packed = relax.const(pack_channels(weight[:, 0].astype(float_type(data)), machine.block))
     define = depthwise_definition(shape, plan or depthwise_plan(shape, machine))
     return builder.call_te(define, data, packed, primfunc_name_hint="depthwise_conv2d", primfunc_attrs=FUSES)
 
@@ -52,7 +52,7 @@ def depthwise_definition(shape: ConvShape, plan: WindowPlan) -> Define:
     def define(x: Any, w: Any) -> Any:
         def element(n: Any, block: Any, oh: Any, ow: Any, lane: Any) -> Any:
             kh, kw = _taps(sliding)
-            value = _under(x, sliding, (n, block, oh, ow, lane), (kh, kw), 0.0)
+            value = _under(x, sliding, (n, block, oh, ow, lane), (kh, kw), 0.0, str(w.dtype))
             return te.sum(value * w[block, kh, kw, lane], axis=[kh, kw])
 
         return te.compute(_result(x, sliding), element, "depthwise", attrs=_notes(sliding, WEIGHTED, plan))
@@ -65,7 +65,7 @@ def max_pool(builder: Any, data: Any, sliding: Sliding, machine: Machine) -> Any
 
     Args:
         builder: Relax block builder.
-        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` float32, or steps, of which whole numbers in float32 are made.
+        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` floats, or steps, of which whole numbers in float32 are made.
         sliding: How the window slides.
         machine: What the kernel is for.
 
@@ -96,10 +96,13 @@ def _separated(sliding: Sliding) -> list[Sliding]:
 
 
 def _max_pool(builder: Any, data: Any, sliding: Sliding, machine: Machine) -> Any:
+    dtype = float_type(data)
+
     def define(x: Any) -> Any:
         def element(n: Any, block: Any, oh: Any, ow: Any, lane: Any) -> Any:
             taps = _taps(sliding)
-            return te.max(_under(x, sliding, (n, block, oh, ow, lane), taps, float("-inf")), axis=list(taps))
+            seen = _under(x, sliding, (n, block, oh, ow, lane), taps, float("-inf"), dtype)
+            return te.max(seen, axis=list(taps))
 
         return te.compute(
             _result(x, sliding), element, "max_pool", attrs=_notes(sliding, GREATEST, _pool_plan(x, sliding, machine))
@@ -113,7 +116,7 @@ def average_pool(builder: Any, data: Any, sliding: Sliding, divisors: NDArray[An
 
     Args:
         builder: Relax block builder.
-        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` float32.
+        data: Blocked, ``[n, ⌈c / b⌉, h, w, b]`` floats; they are summed in float32.
         sliding: How the window slides.
         divisors: ``[oh, ow]`` float32, what each sum is divided by; see `divisors_of`.
         machine: What the kernel is for.
@@ -133,7 +136,7 @@ def average_pool(builder: Any, data: Any, sliding: Sliding, divisors: NDArray[An
 
         def average(n: Any, block: Any, oh: Any, ow: Any, lane: Any) -> Any:
             divisor = tirx.const(same, "float32") if same is not None else counts[0][oh, ow]
-            return total[n, block, oh, ow, lane] / divisor
+            return (total[n, block, oh, ow, lane] / divisor).astype(x.dtype)
 
         return te.compute(shape, average, "average")
 
@@ -163,13 +166,20 @@ def _taps(sliding: Sliding) -> tuple[Any, Any]:
     return te.reduce_axis((0, sliding.kernel[0]), "kh"), te.reduce_axis((0, sliding.kernel[1]), "kw")
 
 
-def _under(x: Any, sliding: Sliding, place: tuple[Any, ...], taps: tuple[Any, Any], outside: float) -> Any:
-    """Return the element that a tap of the window sees, or a value beyond the image's edge."""
+def float_type(data: Any) -> str:
+    """Return the element type in which a window over a tensor computes: the tensor's own, float32 for steps."""
+    return "float16" if str(data.ty.dtype) == "float16" else "float32"
+
+
+def _under(
+    x: Any, sliding: Sliding, place: tuple[Any, ...], taps: tuple[Any, Any], outside: float, dtype: str = "float32"
+) -> Any:
+    """Return the element that a tap of the window sees, or a value beyond the image's edge, as a float of some type."""
     n, block, oh, ow, lane = place
     y = oh * sliding.stride[0] + taps[0] * sliding.dilation[0] - sliding.padding[0]
     z = ow * sliding.stride[1] + taps[1] * sliding.dilation[1] - sliding.padding[1]
     inside = tirx.all(y >= 0, y < sliding.image[0], z >= 0, z < sliding.image[1])
-    return tirx.if_then_else(inside, as_float(x(n, block, y, z, lane)), tirx.const(outside, "float32"))
+    return tirx.if_then_else(inside, as_float(x(n, block, y, z, lane), dtype), tirx.const(outside, dtype))
 
 
 def _result(x: Any, sliding: Sliding) -> tuple[int, int, int, int, int]:

@@ -21,7 +21,7 @@ def pool(context: Context, call: Any, name: str | None) -> Image | Value | None:
     """Return the maximum or average under a sliding window, or None where the data are not float images."""
     (data,) = call.args
     attrs = call.attrs
-    if str(attrs.layout) != "NCHW" or str(call.ty.dtype) != "float32":
+    if str(attrs.layout) != "NCHW" or not context.machine.computes(str(call.ty.dtype)):
         return None
     greatest = str(call.op.name).endswith("max_pool2d")
     steps = context.steps(data) if greatest else None
@@ -33,7 +33,7 @@ def pool(context: Context, call: Any, name: str | None) -> Image | Value | None:
     sliding = Sliding(image.dims[2:], kernel, stride, (top, left, bottom, right), dilation, dims[2:])
     whole = context.whole(image)
     if greatest:
-        made = max_pool(context.builder, whole, sliding, context.machine)
+        made = max_pool(context.builder, whole, sliding, context.machine.of(str(whole.ty.dtype)))
         if steps is not None and held is not None:
             made = held_steps(context.builder, context.emit(made, name), str(whole.ty.dtype))
             return Value(steps=Steps(steps.scale, image=context.result(made, dims, NCHW, name)))

@@ -60,8 +60,9 @@ def schedule(
     done = module.clone() if hasattr(module, "clone") else module
     for position, (var, function) in enumerate(functions):
         function = _keeping_nan(function)
+        seen = machine.of(_element(function))
         for rule in rules:
-            scheduled = rule.apply(function, machine)
+            scheduled = rule.apply(function, seen)
             if scheduled is not None:
                 done.update_func(var, scheduled)
                 name = f"{rule.name}, measured" if _is_measured(function, rule.name) else rule.name
@@ -69,6 +70,12 @@ def schedule(
                 break
         progress((position + 1) / len(functions))
     return done, used
+
+
+def _element(function: Any) -> str:
+    """Return the element type whose vectors a kernel is made of: its operation's; of plain loops, the narrowest."""
+    dtypes = {str(buffer.dtype) for buffer in function.params}
+    return _operand(function) or ("float16" if "float16" in dtypes else "float32")
 
 
 def _operand(function: Any) -> str:

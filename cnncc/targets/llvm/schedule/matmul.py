@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
 from cnncc.targets.llvm.machine import Machine
+from cnncc.targets.llvm.rules import HALF_CHAIN
 from cnncc.targets.llvm.schedule import tir
 from cnncc.targets.llvm.schedule.anchor import Anchor, find_anchor
 
@@ -37,6 +39,7 @@ class _Builder:
         self.rows, self.vectors, self.depth, self.packed = anchor.parameters
         self.left, self.right = anchor.reads
         self.tail = anchor.tail
+        self.dtype = str(self.tail.result.dtype)
         *self.outer, self.height, self.width = tir.shape_of(self.tail.result)
         self.columns = self.vectors * machine.lanes
 
@@ -71,13 +74,13 @@ class _Builder:
 
     def _tile(self, outer: list[Any], row: Any, column: Any, across: int) -> Any:
         lanes, rows = self.machine.lanes, range(self.rows)
-        tile = tir.buffer([self.rows, self.columns], "tile", scope="local")
+        tile = tir.buffer([self.rows, self.columns], "tile", self.dtype, "local")
         registers = [(r, part * lanes) for part in range(self.vectors) for r in rows]
         first, start = row * self.rows, column * self.columns
         ragged = self.width % self.columns
         if ragged and not self.packed:
             start = tirx.min(start, tir.index(self.width - self.columns))
-        zero = tirx.const(0.0, "float32")
+        zero = tirx.const(0.0, self.dtype)
 
         def line(r: int) -> Any:
             return first + r if self.height % self.rows == 0 else tirx.min(first + r, tir.index(self.height - 1))
@@ -96,11 +99,21 @@ class _Builder:
 
             return tir.vector(lanes, element)
 
-        steps = tir.loop(self.depth, lambda k: tir.sequence([add(register, k) for register in registers]), name="k")
+        def chain(begin: Any, length: Any) -> Any:
+            steps = tir.loop(
+                length, lambda k: tir.sequence([add(register, begin + k) for register in registers]), name="k"
+            )
+            return tir.sequence([*map(clear, registers), steps])
+
+        totals, body = self._sums(tile, registers, chain)
 
         def store(count: int) -> Any:
             def each(r: Any) -> Any:
-                body = tir.for_vectors(count, lanes, lambda i: self.tail.at((*outer, first + r, start + i), tile[r, i]))
+                body = tir.for_vectors(
+                    count,
+                    lanes,
+                    lambda i: self.tail.at((*outer, first + r, start + i), totals[r, i].astype(self.dtype)),
+                )
                 return body if self.height % self.rows == 0 else tir.when(first + r < self.height, body)
 
             return tir.loop(self.rows, each, name="row")
@@ -108,7 +121,43 @@ class _Builder:
         last = store(self.columns)
         if ragged and self.packed:
             last = store(ragged) if across == 1 else tirx.IfThenElse(column < across - 1, last, store(ragged))
-        return tir.block(tir.sequence([*map(clear, registers), steps, last]), [tile], "tile")
+        buffers = [tile] if totals is tile else [tile, totals]
+        return tir.block(tir.sequence([body, last]), buffers, "tile")
+
+    def _sums(self, tile: Any, registers: list[tuple[int, int]], chain: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+        """Return the buffer of whole sums, and the loops that make them: chains of float16 join in float32.
+
+        Args:
+            tile: What a chain adds up in.
+            registers: Row and first column of each vector of it.
+            chain: Takes the first product and how many; returns their loop.
+        """
+        if self.dtype != "float16" or self.depth <= HALF_CHAIN:
+            return tile, chain(tir.index(0), self.depth)
+        totals = tir.buffer([self.rows, self.columns], "totals", scope="local")
+        lanes, count = self.machine.lanes, -(-self.depth // HALF_CHAIN)
+
+        def join(register: tuple[int, int]) -> Any:
+            r, part = register
+
+            def element(lane: Any) -> Any:
+                place = (r, part + lane)
+                return tir.store(totals, place, totals[place] + tile[place].astype("float32"))
+
+            return tir.vector(lanes, element)
+
+        def clear(r: int, part: int) -> Any:
+            return tir.vector(lanes, lambda lane: tir.store(totals, (r, part + lane), tirx.const(0.0, "float32")))
+
+        def step(number: Any) -> Any:
+            first = number * HALF_CHAIN
+            length: Any = HALF_CHAIN
+            if self.depth % HALF_CHAIN:
+                length = tirx.min(tir.index(length), self.depth - first)
+            return tir.sequence([chain(first, length), *map(join, registers)])
+
+        cleared = [clear(*register) for register in registers]
+        return totals, tir.sequence([*cleared, tir.loop(count, step, name="chain")])
 
     def _right(self, outer: list[Any], k: Any, column: Any, start: Any, offset: Any) -> Any:
         if self.packed:

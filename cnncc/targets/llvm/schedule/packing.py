@@ -36,7 +36,7 @@ class Packing:
 
     def apply(self, function: Any, machine: Machine) -> Any | None:
         """Return the kernel, or None where the function is not one, or has too few pixels for a square."""
-        if not is_marked(function, PACKING) or str(function.params[0].dtype) != "float32":
+        if not is_marked(function, PACKING) or not machine.computes(str(function.params[0].dtype)):
             return None
         schedule, blocks = tir.root_blocks(function)
         block = schedule.get(blocks[-1])

@@ -170,7 +170,7 @@ class Sliding:
     def _plain(self, image: Any, lane: int, y: Any, x: Any) -> Any:
         """Return an element of ``[n, c, h, w]``; of integers, a few channels are one."""
         kind = np.dtype(str(self.data.dtype))
-        if kind == np.float32:
+        if kind.kind == "f":
             return self.data[image, tir.index(lane), y, x]
         element = tirx.const(0, "int32")
         together, channels = 4 // kind.itemsize, tir.shape_of(self.data)[1]

@@ -1,4 +1,4 @@
-"""What a step of a register tile adds to its sums: products of float32, or of a few int8 channels at a time.
+"""What a step of a register tile adds to its sums: products of floats, or of a few int8 channels at a time.
 
 Steps of int8 are multiplied by int8 weights and summed in int32, exactly, whatever the numbers: no instruction is used
 where it might saturate. (x86's ``pmaddubsw`` might: two products of u8 and s8 exceed int16. Two products of a step that
@@ -7,7 +7,7 @@ is never negative, 0 to 127, do not.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,11 +24,11 @@ Weight = Callable[[Any], Any]
 """Place in a panel's row of weights → the element there."""
 
 
-def as_float(element: Any) -> Any:
-    """Return an element as float32; an integer is a step (`ZERO`)."""
+def as_float(element: Any, dtype: str = "float32") -> Any:
+    """Return an element as a float of a type; an integer is a step (`ZERO`), which float32 holds."""
     zero = ZERO.get(str(element.ty.dtype))
     if zero is None:
-        return element
+        return element.astype(dtype)
     whole = element.astype("int32")
     return (whole - tirx.const(zero, "int32") if zero else whole).astype("float32")
 
@@ -42,6 +42,11 @@ class Products(Protocol):
         ...
 
     @property
+    def total(self) -> str:
+        """Element type in which the sums of several chains are added up."""
+        ...
+
+    @property
     def blank(self) -> Any:
         """An element that stands for zeros."""
         ...
@@ -51,33 +56,57 @@ class Products(Protocol):
         """Neighbouring elements of a pixel that are loaded as one vector, where instructions multiply by a lane."""
         ...
 
+    @property
+    def rows(self) -> int:
+        """Pixels that an instruction multiplies at once: they are one source, and their sums lie in one buffer."""
+        ...
+
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """Return the statement that adds one product to each lane of a vector of sums.
 
         Args:
-            held: The sums of a pixel.
-            first: The vector's first.
+            held: The sums of a pixel, or of `rows` of them.
+            first: The vector's first channel.
             lanes: Of the vector.
-            source: The pixel's element.
+            source: The pixel's element; of several pixels, a vector of them.
             weight: The panel's elements.
+        """
+        ...
+
+    def apart(self, held: Any, pixels: Sequence[Any], channels: int) -> list[Any]:
+        """Return the statements that give each of `rows` pixels its sums; none where a buffer is of one pixel.
+
+        Args:
+            held: The sums, in the order of the instruction.
+            pixels: Buffers of the pixels, ``[channels]``; the last may be missing.
+            channels: Of a pixel.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FloatProducts:
-    """Multiply-adds of float32."""
+    """Multiply-adds of floats."""
 
     dtype: str = "float32"
     abreast: int = 1
+    rows: int = 1
+
+    @property
+    def total(self) -> str:
+        """Always float32."""
+        return "float32"
 
     @property
     def blank(self) -> Any:
         """Zero."""
-        return tirx.const(0.0, "float32")
+        return tirx.const(0.0, self.dtype)
 
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """See `Products`."""
+        if self.abreast > 1:  # TVM does not vectorize what picks a lane
+            own = tirx.Ramp(tir.index(first), tir.index(1), lanes)
+            return tir.store(held, [own], held[own] + _spread(source, lanes) * weight(own))
 
         def add(lane: Any) -> Any:
             channel = first + lane
@@ -85,28 +114,41 @@ class FloatProducts:
 
         return tir.vector(lanes, add)
 
+    def apart(self, _held: Any, _pixels: Sequence[Any], _channels: int) -> list[Any]:
+        """See `Products`."""
+        return []
+
 
 FLOATS = FloatProducts()
 
 
 @dataclass(frozen=True)
 class Dots:
-    """Sums in int32 over a few channels of int8, which are one element of 32 bits.
+    """Sums in int32 over a few channels of int8, which are one element.
 
     Attributes:
         steps: Element type that holds steps, and weights but for their sign.
         dtype: Of the sums.
         abreast: See `Products`.
+        rows: See `Products`.
+        element: Type of an element.
     """
 
     steps: str = "uint8"
     dtype: str = "int32"
     abreast: int = 1
+    rows: int = 1
+    element: str = "int32"
+
+    @property
+    def total(self) -> str:
+        """As the sums."""
+        return self.dtype
 
     @property
     def channels(self) -> int:
         """Channels of an element."""
-        return 4 // np.dtype(self.steps).itemsize
+        return np.dtype(self.element).itemsize // np.dtype(self.steps).itemsize
 
     @property
     def instructions(self) -> float:
@@ -122,7 +164,7 @@ class Dots:
     def blank(self) -> Any:
         """Zeros."""
         zeros = np.full(self.channels, ZERO[self.steps], self.steps)
-        return tirx.const(int(zeros.view(np.int32)[0]), "int32")
+        return tirx.const(int(zeros.view(self.element)[0]), self.element)
 
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """See `Products`."""
@@ -148,6 +190,10 @@ class Dots:
             step = shifted(pixel, number) & _spread(tirx.const(255, "int32"), lanes)
             sums = sums + step * shifted(weights, number)
         return sums
+
+    def apart(self, _held: Any, _pixels: Sequence[Any], _channels: int) -> list[Any]:
+        """See `Products`."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -242,8 +288,8 @@ class LongDots(Dots):
 
     @property
     def instructions(self) -> float:
-        """By llvm-mca's model of a Cortex-A72: 16 products in the time of 4.7 multiply-adds of float32."""
-        return 4.7
+        """By llvm-mca's model of a Cortex-A72: 6.7 products a cycle, where float32 does 4."""
+        return 2.4
 
     def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
         """See `Products`."""
@@ -259,6 +305,52 @@ class LongDots(Dots):
 
         sums = tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.pairs, times(0) + times(1))
         return tir.store(held, [own], _fenced(held[own] + sums, lanes))
+
+
+@dataclass(frozen=True)
+class MatrixDots(Dots):
+    """One instruction multiplies two pixels by two output channels, and sums over eight channels: 2 × 8 by 8 × 2.
+
+    The sums of two pixels are ``[channels / 2, pixel, channel of two]``: a vector is what an instruction adds to.
+
+    Attributes:
+        instruction: LLVM's name of it.
+    """
+
+    steps: str = "int8"
+    rows: int = 2
+    element: str = "int64"
+    instruction: str = ""
+
+    @property
+    def instructions(self) -> float:
+        """As one multiply-add of float32."""
+        return 1.0
+
+    def step(self, held: Any, first: int, lanes: int, source: Any, weight: Weight) -> Any:
+        """See `Products`."""
+        stores = []
+        for channel in range(first, first + lanes, 2):
+            own = tirx.Ramp(tir.index(2 * channel), tir.index(1), lanes)
+            weights = weight(tirx.Ramp(tir.index(channel), tir.index(1), 2))
+            stores.append(tir.store(held, [own], self.added(held[own], lanes, source, weights)))
+        return tir.sequence(stores)
+
+    def added(self, sums: Any, lanes: int, pixel: Any, weights: Any) -> Any:
+        """See `Dots.added`; the operands are of two pixels, and of two channels."""
+        operands = [tirx.reinterpret(f"int8x{4 * lanes}", value) for value in (pixel, weights)]
+        return tirx.call_llvm_pure_intrin(f"int32x{lanes}", self.instruction, sums, *operands)
+
+    def apart(self, held: Any, pixels: Sequence[Any], channels: int) -> list[Any]:
+        """See `Products`."""
+        stores = []
+        for first in range(0, channels, 4):
+            pairs = [held[tirx.Ramp(tir.index(2 * first + 4 * half), tir.index(1), 4)] for half in range(2)]
+            for number, pixel in enumerate(pixels):
+                lanes = [tirx.const(2 * number + lane, "int32") for lane in (0, 1, 4, 5)]
+                own = tirx.Ramp(tir.index(first), tir.index(1), 4)
+                stores.append(tir.store(pixel, [own], tirx.Shuffle(pairs, lanes)))
+        return stores
 
 
 def _spread(value: Any, lanes: int) -> Any:
@@ -291,6 +383,8 @@ _BY_INSTRUCTION: dict[str, Dots] = {
         # s8 · s8 to s16, and s16 to s32 in pairs (Arm ARM, SMULL, SMLAL, SADALP), on ARMs without SDOT
         LongDots(),
         LongDots(instruction="llvm.arm.neon.vmulls.v8i16", pairs="llvm.arm.neon.vpaddls.v4i32.v8i16"),
+        # s8 · s8 over eight channels, two rows by two columns (Arm ARM, SMMLA)
+        MatrixDots(instruction="llvm.aarch64.neon.smmla.v4i32.v16i8"),
     )
 }
 
@@ -316,6 +410,7 @@ def dots_of(machine: Machine, *, positive: bool = False) -> Dots:
     return _POSITIVE.get(machine.dot, any_steps) if positive else any_steps
 
 
-def dots_for(machine: Machine, held: str) -> Dots:
-    """Return how a machine sums products of steps that are held as some element type."""
-    return next(dots for dots in (dots_of(machine), dots_of(machine, positive=True)) if dots.steps == held)
+def dots_for(machine: Machine, held: str) -> tuple[Dots, ...]:
+    """Return how a machine may sum products of steps that are held as some element type: for any image, and faster."""
+    any_image = next(dots for dots in (dots_of(machine), dots_of(machine, positive=True)) if dots.steps == held)
+    return (any_image, *([_BY_INSTRUCTION[machine.matrix]] if machine.matrix else []))

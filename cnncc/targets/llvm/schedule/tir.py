@@ -24,6 +24,13 @@ def index(value: int) -> Any:
     return tirx.IntImm(INDEX, value)
 
 
+def unknown(value: int) -> Any:
+    """Return a small number that LLVM does not know."""
+    bits = tirx.reinterpret("float32", tirx.const(value, "int32"))
+    fenced = tirx.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", bits)
+    return tirx.reinterpret("int32", fenced).astype(INDEX)
+
+
 def loop(extent: Any, body: Body, kind: ForKind = ForKind.SERIAL, name: str = "i") -> Any:
     """Return a loop from 0; a serial loop that runs once is its body."""
     if extent == 1 and kind != ForKind.PARALLEL:

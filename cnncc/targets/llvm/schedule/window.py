@@ -28,8 +28,8 @@ _UNROLLED = 112
 """Taps × columns of one tile's kernel row beyond which the columns of the kernel are looped over."""
 _MOST_TILES = 6
 """Different tiles of a row beyond which rows are copied between margins: code must stay small."""
-_CHAIN = 256
-"""Terms that follow each other in one register; see `rules`."""
+_CHAIN, _HALF_CHAIN = 256, 32
+"""Terms that follow each other in one register, of float32 and of float16; see `rules`. Joining costs more here."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ class _Builder:
         _, _, out_h, out_w, _ = tir.shape_of(self.tail.result)
         self.rows = _Axis(height, kernel_h, down, top, dilation_h, out_h)
         self.across = _Axis(width, kernel_w, right, left, dilation_w, out_w)
-        self.start = tirx.const(float("-inf") if self.kind == GREATEST else 0.0, "float32")
-        self.chained = self.kind != GREATEST and kernel_h * kernel_w > _CHAIN
+        self.dtype = str(self.tail.result.dtype)
+        self.start = tirx.const(float("-inf") if self.kind == GREATEST else 0.0, self.dtype)
+        longest = _HALF_CHAIN if self.dtype == "float16" else _CHAIN
+        self.chained = self.kind != GREATEST and kernel_h * kernel_w > longest
         self.looped = kernel_w * self.columns > _UNROLLED
         self.copied = self._needs_margins()
         self.later = expensive(self.tail.value)
@@ -140,13 +142,13 @@ class _Builder:
         return tir.function(like, tir.parallel(tasks, task) if self.shared else tir.loop(tasks, task))
 
     def _load(self, where: Sequence[Any]) -> Load:
-        return lambda y, x, lane: as_float(tir.at(self.data, *where, y, x, lane))
+        return lambda y, x, lane: as_float(tir.at(self.data, *where, y, x, lane), self.dtype)
 
     def _copied_rows(self, where: Sequence[Any], first: Any, count: Any) -> Any:
         """Return the work of one task that copies its rows between margins first."""
         before, width = self.across.margins()
         tall = (self.chunk - 1) * self.rows.stride + (self.rows.kernel - 1) * self.rows.dilation + 1
-        copy = tir.buffer([min(tall, self.rows.image), width, self.lanes], "copy")
+        copy = tir.buffer([min(tall, self.rows.image), width, self.lanes], "copy", self.dtype)
         top = tirx.max(self.rows.tap(first, 0), tir.index(0))
         bottom = tirx.min(self.rows.tap(first + (count - 1), self.rows.kernel - 1) + 1, tir.index(self.rows.image))
         load = self._load(where)
@@ -173,7 +175,7 @@ class _Builder:
 
     def _output_rows(self, where: Sequence[Any], first: Any, count: Any, axis: _Axis, load: Load) -> Any:
         low, high = self.rows.within()
-        results = tir.buffer([axis.output, self.lanes], "results", scope="local")
+        results = tir.buffer([axis.output, self.lanes], "results", self.dtype, "local")
 
         def row(number: Any) -> Any:
             place = (*where, first + number)
@@ -215,12 +217,14 @@ class _Builder:
     def _tile(self, tile: _Tile, keep: Keep) -> Any:
         """Return one register tile: all taps, and what becomes of the results."""
         width = tile.piece.width
-        held = tir.buffer([width * self.split, self.lanes], "held", scope="local")
+        held = tir.buffer([width * self.split, self.lanes], "held", self.dtype, "local")
         sums = tir.buffer([width, self.lanes], "sums", scope="local")
 
         def add_up(column: int) -> Any:
             slot = column * self.split
-            return self._vector(lambda i: tir.store(sums, [column, i], sums[column, i] + held[slot, i]))
+            return self._vector(
+                lambda i: tir.store(sums, [column, i], sums[column, i] + held[slot, i].astype("float32"))
+            )
 
         def kernel_row(number: Any) -> Any:
             steps = self._kernel_row(tile, held, number)
@@ -230,7 +234,7 @@ class _Builder:
 
         def end(column: int) -> Any:
             total, slot = (sums, column) if self.chained else (held, column * self.split)
-            return self._vector(lambda lane: keep(tile.start + column, lane, total[slot, lane]))
+            return self._vector(lambda lane: keep(tile.start + column, lane, total[slot, lane].astype(self.dtype)))
 
         taps, ends = self._kernel_rows(tile, kernel_row), map(end, range(width))
         if self.chained:
@@ -245,7 +249,7 @@ class _Builder:
 
     def _cleared(self, registers: Any) -> list[Any]:
         def clear(slot: int) -> Any:
-            return self._vector(lambda lane: tir.store(registers, [slot, lane], self.start))
+            return self._vector(lambda lane: tir.store(registers, [slot, lane], self.start.astype(registers.dtype)))
 
         return [clear(slot) for slot in range(tir.shape_of(registers)[0])]
 
@@ -302,7 +306,7 @@ class _Builder:
             return held + found
         # NaN wins, as in PyTorch; which NaN survives in ONNX Runtime depends on its loops. Only NaN is not ≤ ∞.
         greater = tirx.Select(held > found, held, found)
-        return tirx.Select(held <= tirx.const(float("inf"), "float32"), greater, held)
+        return tirx.Select(held <= tirx.const(float("inf"), self.dtype), greater, held)
 
     def _vector(self, body: tir.Body) -> Any:
         return tir.vector(self.lanes, body)

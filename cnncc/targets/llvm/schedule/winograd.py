@@ -128,7 +128,8 @@ class _Builder:
 
     def _multiply(self, spread: Scratch, products: Scratch, tiles: int) -> Multiply:
         ahead = prod(tir.shape_of(self.weight)) * 4 > self.machine.l2 // 2
-        return Multiply(self.plan, self.weight, spread, products, tiles, self.block, self.machine.lanes, ahead)
+        lanes, tight = self.machine.lanes, self.machine.tight
+        return Multiply(self.plan, self.weight, spread, products, tiles, self.block, lanes, ahead, tight)
 
     def _gather(self, products: Scratch, row: Any, tiles: Tiles, place: tuple[Any, Any]) -> Any:
         group, panel = place

@@ -74,6 +74,7 @@ class Multiply:
         block: Channels of a block.
         lanes: Elements of a vector.
         ahead: Whether weights come from beyond the caches, and are asked for ahead.
+        tight: See `Machine`.
     """
 
     plan: WinogradPlan
@@ -84,6 +85,7 @@ class Multiply:
     block: int
     lanes: int
     ahead: bool
+    tight: bool
 
     @property
     def inputs(self) -> int:
@@ -153,9 +155,12 @@ class Multiply:
 
     def _channels(self, rows: Rows, tile: RegisterTile, kb: Any, start: Any) -> Any:
         """Return the steps over one block of input channels."""
-        count: Any = self.block
+        # NEON multiplies by lanes. LLVM would load those of all steps that it knows of first, and spill sums.
+        abreast = 2 if self.tight and self.inputs % 2 == 0 else 1
+        steps = self.block // abreast
+        count: Any = tir.unknown(steps) if self.tight else steps
         if self.inputs % self.block:
-            count = tirx.min(tir.index(self.block), self.inputs - kb * self.block)
+            count = tirx.min(count if self.tight else tir.index(steps), self.inputs // abreast - kb * steps)
 
         def step(lane: Any) -> Any:
             line = ((rows.first + kb) * self.tiles + start) * self.block + lane
@@ -165,7 +170,10 @@ class Multiply:
             )
             return tir.sequence(products)
 
-        return tir.loop(count, step, name="ic")
+        def some(first: Any) -> Any:
+            return tir.sequence([step(first * abreast + number) for number in range(abreast)])
+
+        return tir.loop(count, some, name="ic")
 
     def _ahead(self, rows: Rows, kb: Any, turn: tuple[Any, int]) -> list[Any]:
         """Return prefetches of weights for later; the register tiles that pass over the same weights share them."""

@@ -1,0 +1,31 @@
+// TVM's runtime for devices: those of its sources that engines for CPUs need, compiled as one, so that they share what
+// they all include and the linker finds what nothing calls. Left out are RPC, disco, caches of language models, GPUs.
+#include <ffi/backtrace.cc>
+#include <ffi/container.cc>
+#include <ffi/custom_allocator.cc>
+#include <ffi/dtype.cc>
+#include <ffi/error.cc>
+#include <ffi/extra/env_c_api.cc>
+#include <ffi/extra/env_context.cc>
+#include <ffi/extra/json_parser.cc>
+#include <ffi/extra/library_module.cc>
+#include <ffi/extra/library_module_dynamic_lib.cc>
+#include <ffi/extra/module.cc>
+#include <ffi/function.cc>
+#include <ffi/init_once.cc>
+#include <ffi/object.cc>
+#include <ffi/tensor.cc>
+#include <runtime/cpu_device_api.cc>
+#include <runtime/device_api.cc>
+#include <runtime/file_utils.cc>
+#include <runtime/logging.cc>
+#include <runtime/memory/memory_manager.cc>
+#include <runtime/module.cc>
+#include <runtime/tensor.cc>
+#include <runtime/thread_pool.cc>
+#include <runtime/threading_backend.cc>
+#include <runtime/vm/builtin.cc>
+#include <runtime/vm/bytecode.cc>
+#include <runtime/vm/executable.cc>
+#include <runtime/vm/vm.cc>
+#include <runtime/workspace_pool.cc>
