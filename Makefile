@@ -90,6 +90,7 @@ aarch64: build/aarch64/.ready
 	    fi; \
 	fi
 
+# A board's RPC server runs on them
 build/aarch64/.ready: pyproject.toml | setup
 	mkdir -p $(@D)
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \

@@ -22,15 +22,13 @@ import cnncc_runtime
 from cnncc.compiler.cache import Cache
 from cnncc.compiler.reporting import Reporter
 from cnncc.compiler.stage import Stage
+from cnncc.targets.devices.isa import gnu_triple
 from cnncc_runtime.bundle import RUNNER, RUNTIME_LIBRARY
 from cnncc_runtime.digests import digest_file, digest_json
 from cnncc_runtime.errors import BuildFailed, DependencyMissing, TargetUnavailable
 
 SOURCES = Path(cnncc_runtime.__file__).with_name("c")
 """The sources of ``cnncc-run``, and what TVM's need beside those in the wheels."""
-
-GNU = {"arm": "arm-linux-gnueabihf"}
-"""ELF machine → the triple that toolchains call it by, where it is not ``MACHINE-linux-gnu``."""
 
 _TIMEOUT = 1800
 """Seconds: zig compiles a C and a C++ library first."""
@@ -56,18 +54,13 @@ class Compilers:
     version: str
 
 
-def triple_of(machine: str) -> str:
-    """Return the triple by which Debian's and zig's compilers know a machine."""
-    return GNU.get(machine, f"{machine}-linux-gnu")
-
-
 def gnu_compilers(machine: str) -> Compilers:
     """Return GCC's cross compilers of a machine.
 
     Raises:
         DependencyMissing: They, or make, are not installed.
     """
-    cc, cxx = (f"{triple_of(machine)}-{name}" for name in ("gcc", "g++"))
+    cc, cxx = (f"{gnu_triple(machine)}-{name}" for name in ("gcc", "g++"))
     if missing := [tool for tool in (cc, cxx, "make") if shutil.which(tool) is None]:
         raise DependencyMissing(
             f"{', '.join(missing)} not found, by which the runtime for {machine} is compiled",
@@ -97,7 +90,7 @@ def find_compilers(machine: str, host: str, glibc: str = "") -> Compilers:
         raise DependencyMissing("make not found, by which the runtime is compiled", hint="apt-get install make")
     if importlib.util.find_spec("ziglang") is not None:
         zig = (sys.executable, "-m", "ziglang")
-        target = ("-target", f"{triple_of(machine)}.{glibc or _OLDEST}")
+        target = ("-target", f"{gnu_triple(machine)}.{glibc or _OLDEST}")
         return Compilers(machine, (*zig, "cc", *target), (*zig, "c++", *target), f"zig {_first_line(*zig, 'version')}")
     if machine == host and shutil.which("cc") and shutil.which("c++"):
         return Compilers(machine, ("cc",), ("c++",), _first_line("c++", "--version"))
@@ -135,9 +128,9 @@ class DeviceRuntime:
         """Return one of the files, to read and never to write."""
         return self.stages[name].file(name)
 
-    def put(self, folder: Path, *names: str) -> Path:
-        """Put some of the files, or both, into a folder; return the program."""
-        for name in names or self.stages:
+    def put(self, folder: Path) -> Path:
+        """Put the files into a folder; return the program."""
+        for name in self.stages:
             shutil.copyfile(self.file(name), folder / name)
         (folder / RUNNER).chmod(0o755)
         return folder / RUNNER

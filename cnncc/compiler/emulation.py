@@ -20,8 +20,9 @@ import numpy as np
 
 from cnncc.compiler.cache import Cache
 from cnncc.compiler.child import how_it_ended
-from cnncc.compiler.device_runtime import device_runtime, gnu_compilers, package, triple_of
+from cnncc.compiler.device_runtime import device_runtime, gnu_compilers, package
 from cnncc.compiler.reporting import Reporter
+from cnncc.targets.devices.isa import gnu_triple
 from cnncc.targets.devices.profile_files import our_devices
 from cnncc_runtime import errors
 from cnncc_runtime.aot_session import AotSession
@@ -49,17 +50,17 @@ class Emulator:
     @property
     def sysroot(self) -> Path:
         """Holds the machine's C and C++ libraries."""
-        return Path("/usr", triple_of(self.machine))
+        return Path("/usr", gnu_triple(self.machine))
 
     @property
     def tools(self) -> tuple[str, ...]:
         """What an engine that is a library takes here."""
-        return (self.qemu, "make", *(f"{triple_of(self.machine)}-{kind}" for kind in ("gcc", "g++")))
+        return (self.qemu, "make", *(f"{gnu_triple(self.machine)}-{kind}" for kind in ("gcc", "g++")))
 
     @property
     def packages(self) -> tuple[str, ...]:
         """Debian's packages of them; the compiler's libraries are the machine's."""
-        return ("qemu-user", "make", package(f"{triple_of(self.machine)}-g++"))
+        return ("qemu-user", "make", package(f"{gnu_triple(self.machine)}-g++"))
 
 
 EMULATORS = {

@@ -21,9 +21,9 @@ from cnncc.compiler.device_runtime import (
     gnu_compilers,
     oldest_glibc,
     package,
-    triple_of,
 )
 from cnncc.compiler.reporting import Silent
+from cnncc.targets.devices.isa import gnu_triple
 from cnncc_runtime.cpu import host_machine
 from cnncc_runtime.elf import read_elf
 from cnncc_runtime.errors import BuildFailed, DependencyMissing, TargetUnavailable
@@ -41,7 +41,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
         require("make", "cc", "c++")
         compilers = find_compilers(machine, machine)
     else:
-        require("make", f"{triple_of(machine)}-g++")
+        require("make", f"{gnu_triple(machine)}-g++")
         compilers = gnu_compilers(machine)
     device_runtime(compilers, Cache(RUNTIMES), Silent()).put(tmp_path)
     return machine, tmp_path

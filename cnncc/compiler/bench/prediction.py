@@ -150,15 +150,14 @@ def predict_bundle(path: Path, cpus: Sequence[str] = (), progress: Progress = _u
     asked = [_checked(target, name) for name in cpus or [target.cpu]]
     layers = [layer for layer in bundle.manifest.layers if not PRODUCTS.isdisjoint(layer.ops)]
     loops = find_loops(layers, kernel_code(bundle))
+    usual = [name for name in USUAL_CPUS.get(machine, ()) if name != target.cpu] if not cpus else []
     forecasts: dict[str, Forecast] = {}
     notes = list(LIMITS)
     for cpu in asked:
-        progress(cpu.name, len(forecasts) / len(asked))
+        progress(cpu.name, len(forecasts) / (len(asked) + len(usual)))
         forecasts[cpu.name] = forecast(tools, target.triple, machine, cpu, loops)
-    for name in () if cpus else USUAL_CPUS.get(machine, ()):
-        if name in forecasts:
-            continue
-        progress(name, 0.5)
+    for at, name in enumerate(usual, len(asked)):
+        progress(name, at / (len(asked) + len(usual)))
         try:
             forecasts[name] = forecast(tools, target.triple, machine, _checked(target, name), loops)
         except CnnccError as exc:

@@ -125,6 +125,11 @@ def isa_of(triple: str) -> Isa | None:
     return next((isa for isa in ISAS if triple.startswith(isa.prefixes)), None)
 
 
+def gnu_triple(machine: str) -> str:
+    """Return the triple by which GNU's and zig's tools, and so Debian's packages, know an ELF machine."""
+    return "arm-linux-gnueabihf" if machine == ARM.machine else f"{machine}-linux-gnu"
+
+
 def isa_of_machine(machine: str) -> Isa | None:
     """Return the instruction set that ELF files call by this name."""
     return next((isa for isa in ISAS if isa.machine == machine), None)

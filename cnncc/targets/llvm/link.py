@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from cnncc.targets.devices.isa import gnu_triple
 from cnncc_runtime.errors import BuildFailed, TargetUnavailable
 
 EMULATIONS = {
@@ -103,7 +104,7 @@ def _lld(_machine: str, _host: str) -> Linker | None:
 
 
 def _gnu_ld(machine: str, _host: str) -> Linker | None:
-    for name in (f"{machine}-linux-gnu-ld", "arm-linux-gnueabihf-ld" if machine == "arm" else "ld", "ld"):
+    for name in (f"{machine}-linux-gnu-ld", f"{gnu_triple(machine)}-ld", "ld"):
         path = shutil.which(name)
         if path and EMULATIONS[machine] in _ask(path, "-V").split():
             return Linker("ld", (path,), _first_line(_ask(path, "-V")))

@@ -105,7 +105,7 @@ class Machine:
         Args:
             together: Channels that a step sums over.
         """
-        if together > _FOUR:
+        if together > FEW_CHANNELS:
             return _BESIDE_MATRICES
         if together > _PAIR and self.dot in _PAIRS:
             return Beside(3)  # a pixel, its products as int16, and the ones that these are multiplied by
@@ -146,8 +146,8 @@ _ARM_DOT = "llvm.arm.neon.vmulls.v8i16"
 _MATRIX = "llvm.aarch64.neon.smmla.v4i32.v16i8"
 """i8mm's instruction for matrices of int8."""
 
-_FOUR = 4
-"""Channels of int8 that instructions other than those of matrices sum over, at most."""
+FEW_CHANNELS = 4
+"""Channels of int8 that instructions sum over at most, but for those of matrices, which do two pixels at once."""
 _PAIR = 2
 _PAIRS = frozenset({_DOTS["avx512bw"], _DOTS["avx2"], _DOTS["sse2"]})
 """Those that sum over two channels."""

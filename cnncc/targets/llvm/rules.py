@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from cnncc.targets.llvm.blocked.geometry import blocks_of
-from cnncc.targets.llvm.machine import HALF, Beside, Machine
+from cnncc.targets.llvm.machine import FEW_CHANNELS, HALF, Beside, Machine
 from cnncc.targets.llvm.tiling import Tiling
 
 _LATENCY = 4.0
@@ -22,11 +22,9 @@ _PANEL = 8
 _ALONE = 6000
 """Cycles of work below which sharing it costs more than it saves: a region takes half a microsecond."""
 _L2_LANES = 2
-"""Bytes a cycle that one core reads from L2 into a kernel that also computes, for each lane of a vector."""
+"""Bytes a cycle that one core reads from L2 into a kernel that also computes, for each lane of four bytes."""
 _FROM_L2, _BEYOND_L2 = 16, 8
 """Bytes a cycle that one core reads in a stream, while it computes."""
-_ELEMENT = 4
-"""Bytes of an element; of int8, as many channels as it has bytes, or eight."""
 _CHAIN = 160
 """Multiply-adds that follow each other in one register."""
 HALF_CHAIN = 18
@@ -100,7 +98,7 @@ class ConvShape:
     @property
     def rows(self) -> int:
         """Pixels that are multiplied at once."""
-        return 2 if self.together > _ELEMENT else 1
+        return 2 if self.together > FEW_CHANNELS else 1
 
     def in_elements(self, channels: int) -> ConvShape:
         """Return the convolution of int8 whose inputs are counted in elements of so many channels."""

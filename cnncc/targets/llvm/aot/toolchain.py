@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from cnncc.targets.devices.isa import gnu_triple
 from cnncc_runtime.errors import BuildFailed, TargetUnavailable
 
-_GNU = {"arm": "arm-linux-gnueabihf"}
 _ZIG = {"arm": "arm-linux-musleabihf"}
-"""ELF machine → the triple that toolchains call it by, where it is not ``MACHINE-linux-gnu`` and ``-musl``."""
+"""ELF machine → the triple of its musl, where that is not ``MACHINE-linux-musl``."""
 
 _TIMEOUT = 600
 """Seconds; zig compiles its libc first."""
@@ -85,7 +85,7 @@ def find_compiler(machine: str, host: str) -> CCompiler:
     Raises:
         TargetUnavailable: None does.
     """
-    candidates = [_gnu(f"{_GNU.get(machine, f'{machine}-linux-gnu')}-gcc")]
+    candidates = [_gnu(f"{gnu_triple(machine)}-gcc")]
     candidates += [_gnu("cc")] if machine == host else []
     candidates.append(_zig(_ZIG.get(machine, f"{machine}-linux-musl")))
     found = next((one for one in candidates if one is not None and _works(one)), None)
@@ -98,7 +98,7 @@ def find_compiler(machine: str, host: str) -> CCompiler:
 
 def install_hint(machine: str = "MACHINE") -> str:
     """Return how to get a compiler."""
-    package = f"gcc-{_GNU.get(machine, f'{machine}-linux-gnu')}".replace("_", "-")
+    package = f"gcc-{gnu_triple(machine)}".replace("_", "-")
     return f"pip install 'cnncc[cross]' (brings ziglang), or install {package}"
 
 
