@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from msgspec import to_builtins
 from cnncc.cli.fleet_options import (
     name_and_version,
     open_named,
-    passphrase,
     pointer_document,
     pointer_text,
     reach,
@@ -21,6 +19,7 @@ from cnncc.cli.fleet_options import (
 )
 from cnncc.cli.main import common
 from cnncc.cli.render import Render, size_text
+from cnncc.cli.trust_commands import trust
 
 
 @click.group(name="fleet")
@@ -32,105 +31,9 @@ def command() -> None:
     """
 
 
+command.add_command(trust)
+
 _CHANNEL = click.option("--channel", default="stable", show_default=True)
-
-
-@command.group(name="trust")
-def trust() -> None:
-    """Keys, and what they may sign."""
-
-
-@trust.command(name="init")
-@click.option("--registry", required=True, help="https://HOST[/PREFIX]; logins are Docker's")
-@click.option("--name", required=True, help="Of the model: a repository of the registry.")
-@click.option("--channels", default="stable,canary", show_default=True, help="Where releases go.")
-@click.option("--ca", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificates, PEM.")
-@common
-def init(render: Render, *, registry: str, name: str, channels: str, ca: Path | None) -> None:
-    """Make a fleet: keys for each role, encrypted, and its first metadata.
-
-    Devices are enrolled with the root.json that this writes. Two of three root keys sign a new root; keep them apart.
-    """
-    from cnncc.fleet.home import ROOT, begin_fleet
-
-    names = tuple(dict.fromkeys(channel.strip() for channel in channels.split(",") if channel.strip()))
-    fleet = begin_fleet(registry, name, passphrase, channels=names, ca=ca)
-    document = {"name": fleet.name, "registry": str(fleet.releases.place), "root": str(fleet.folder / ROOT)}
-    render.result(
-        document,
-        lambda: render.line(
-            f"{fleet.name}  is a fleet of {fleet.releases.place}; keys are in {fleet.folder}\n"
-            f"  enroll devices with {fleet.folder / ROOT}; keep two of the three root-*.pem somewhere else, offline"
-        ),
-    )
-
-
-@trust.command(name="show")
-@click.argument("name")
-@common
-def show(render: Render, *, name: str) -> None:
-    """Say which roles there are, how many keys each has and needs, and when its metadata expires."""
-    fleet = open_named(name)
-    fleet.signing.load()
-    roles = fleet.signing.overview()
-    now = datetime.now(timezone.utc)
-
-    def text() -> None:
-        rows = [
-            [
-                role.name,
-                f"{role.threshold} of {len(role.keyids)}",
-                str(role.here),
-                str(role.version),
-                _left(role.expires, now),
-            ]
-            for role in roles
-        ]
-        render.table(["role", "keys that sign", "of them here", "version", "good for"], rows)
-
-    render.result(
-        {
-            "roles": [
-                {
-                    "name": role.name,
-                    "threshold": role.threshold,
-                    "keys": list(role.keyids),
-                    "here": role.here,
-                    "version": role.version,
-                    "expires": role.expires.isoformat(),
-                }
-                for role in roles
-            ]
-        },
-        text,
-    )
-
-
-def _left(expires: datetime, now: datetime) -> str:
-    days = (expires - now).total_seconds() / 86400
-    return "expired" if days <= 0 else f"{days:.1f} days"
-
-
-@trust.command(name="refresh")
-@click.argument("name")
-@click.argument("roles", nargs=-1)
-@common
-def refresh(render: Render, *, name: str, roles: tuple[str, ...]) -> None:
-    """Sign ROLES again, with a new date; by default snapshot and timestamp, which a job should do every few hours."""
-    with open_named(name).changing() as signing:
-        signing.renew(*(roles or ("snapshot", "timestamp")))
-    render.result({"name": name, "roles": list(roles)}, lambda: render.line(f"{name}  signed again"))
-
-
-@trust.command(name="rotate")
-@click.argument("name")
-@click.argument("role")
-@common
-def rotate(render: Render, *, name: str, role: str) -> None:
-    """Give ROLE new keys instead of its old ones; devices follow. What old keys sign is not believed any more."""
-    with open_named(name).changing() as signing:
-        signing.rotate(role)
-    render.result({"name": name, "role": role}, lambda: render.line(f"{name}  {role} has new keys"))
 
 
 @command.command(name="promote")

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
+from cnncc.fleet.ceremony import Proposal
 from cnncc.fleet.keys import Keys, Passphrase
 from cnncc.fleet.signing import CHANNELS, Signing
 from cnncc_runtime.digests import canonical_json
@@ -58,14 +59,39 @@ class Fleet:
     signing: Signing
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[Signing]:
+    def changing(self, proposal: Path | None = None) -> Iterator[Signing]:
         """Yield the fleet's metadata, newly fetched and verified, for a change that is published at the end.
+
+        Args:
+            proposal: A file into which the new root is written instead, for others to sign (`cnncc.fleet.ceremony`).
 
         Raises:
             UsageError: Somebody else on this machine changes it now.
             VerificationFailed: The registry's metadata is not to be believed.
             NetworkFailed: No answer; devices are where they were.
         """
+        with self._alone():
+            self.signing.load()
+            yield self.signing
+            if proposal is None:
+                self.signing.publish()
+            else:
+                self.signing.propose().write(proposal)
+
+    def agree(self, proposal: Proposal) -> None:
+        """Publish a new root that enough holders of its keys signed, and sign again what its new keys must.
+
+        Raises:
+            UsageError: See `Signing.agree`; somebody else on this machine changes the fleet now; keys are missing here.
+            VerificationFailed: The registry's metadata, or the proposal, is not to be believed.
+            NetworkFailed: No answer.
+        """
+        with self._alone():
+            self.signing.agree(proposal)
+            self.signing.publish()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
         path = self.folder / _LOCK
         with storage_errors(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -74,9 +100,7 @@ class Fleet:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
                 raise UsageError(f"somebody else on this machine changes {self.name} now") from exc
-            self.signing.load()
-            yield self.signing
-            self.signing.publish()
+            yield
         finally:
             os.close(handle)
 

@@ -1,7 +1,7 @@
 """The keys of a fleet: which role has which, and where their private halves are.
 
-A private key is an encrypted file (PKCS #8, by `cryptography`), or is kept elsewhere and never seen here: any address
-that `securesystemslib` has a signer for names it (``awskms:``, ``azurekms:``, ``gcpkms:``, ``hsm:``, …).
+A private key is an encrypted file (PKCS #8, by `cryptography`), or is kept elsewhere and never seen here
+(`cnncc.fleet.signers`). A file that was moved to another machine leaves its key known here, where it does not sign.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
     PrivateFormat,
     load_pem_private_key,
 )
-from securesystemslib.exceptions import UnsupportedLibraryError
-from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
+from securesystemslib.signer import CryptoSigner, Key, Signer
 
+from cnncc.fleet import signers
 from cnncc_runtime.digests import canonical_json
-from cnncc_runtime.errors import DependencyMissing, UsageError, VerificationFailed
+from cnncc_runtime.errors import UsageError, VerificationFailed
 from cnncc_runtime.files import atomic_file, storage_errors
 
 KEYS = "keys.json"
@@ -107,26 +106,24 @@ class Keys:
         self._add(role, made)
         return made
 
+    def here(self, role: str) -> tuple[KnownKey, ...]:
+        """Return the keys of a role that can sign here: those in a file that is there, and those kept elsewhere."""
+        return tuple(known for known in self.roles().get(role, ()) if self._is_here(known))
+
     def adopt(self, role: str, address: str) -> KnownKey:
         """Take a key for a role that is kept elsewhere.
 
         Args:
             role: The role.
-            address: As `securesystemslib` names it: ``awskms:…``, ``azurekms:…``, ``gcpkms:…``, ``hsm:…``.
+            address: See `cnncc.fleet.signers.import_key`.
 
         Raises:
             UsageError: There is no signer for such an address.
             DependencyMissing: What speaks to it is not installed.
+            EnvironmentMissing: It cannot be reached.
         """
-        scheme = address.partition(":")[0]
-        kinds = {kind.SCHEME: kind for kind in _importers()}
-        if scheme not in kinds:
-            raise UsageError(f"no signer knows keys at {address}", hint=f"one of {', '.join(sorted(kinds))}")
-        try:
-            private, key = kinds[scheme].import_(address.partition(":")[2])
-        except UnsupportedLibraryError as exc:
-            raise DependencyMissing(f"keys at {scheme}: need a library: {exc}", hint=str(exc)) from exc
-        known = KnownKey(key.keyid, key.to_dict(), private)
+        kept, key = signers.import_key(address, lambda: self._secret(role))
+        known = KnownKey(key.keyid, key.to_dict(), kept)
         self._add(role, (known,))
         return known
 
@@ -140,37 +137,33 @@ class Keys:
         Raises:
             UsageError: The passphrase is wrong.
             StorageFailed: A private key cannot be read.
-            DependencyMissing: What keeps a key cannot be spoken to.
+            DependencyMissing: What speaks to a key that is kept elsewhere is not installed.
+            EnvironmentMissing: It cannot be reached.
         """
-        return [self._signer(role, known) for known in self.roles().get(role, ()) if known.keyid in keyids]
+        return [self._signer(role, known) for known in self.here(role) if known.keyid in keyids]
 
     def _signer(self, role: str, known: KnownKey) -> Signer:
-        scheme, _, name = known.private.partition(":")
-        if scheme == _ENCRYPTED:
-            return self._from_file(role, known, name)
+        if (path := self._file(known)) is None:
+            return signers.from_address(known.private, known.key, lambda: self._secret(role))
         try:
-            return Signer.from_priv_key_uri(known.private, known.key)
-        except UnsupportedLibraryError as exc:
-            raise DependencyMissing(f"keys at {scheme}: need a library: {exc}", hint=str(exc)) from exc
-        except (ValueError, OSError) as exc:
-            raise UsageError(f"the key of {role} at {known.private} cannot be used: {exc}") from exc
-
-    def _from_file(self, role: str, known: KnownKey, name: str) -> Signer:
-        path = self.folder / name
-        with storage_errors(path):
-            data = path.read_bytes()
-        secret = self._secret(role)
-        try:
-            private = load_pem_private_key(data, secret.encode())
-            assert isinstance(private, Ed25519PrivateKey)
-            public = known.key
-            assert isinstance(public, SSlibKey)
-            return CryptoSigner(private, public)
-        except (ValueError, TypeError) as exc:
+            signer = signers.from_file(path, role, lambda: self._secret(role))
+        except UsageError:
             self._said.pop(role, None)
-            raise UsageError(
-                f"the passphrase of {role} does not open {path}", hint="or the file is damaged: restore a backup"
-            ) from exc
+            raise
+        if signer.public_key.keyid != known.keyid:
+            raise VerificationFailed(f"{path} is another key than {KEYS} says", hint="restore it from a backup")
+        return signer
+
+    def _file(self, known: KnownKey) -> Path | None:
+        scheme, _, name = known.private.partition(":")
+        return self.folder / name if scheme == _ENCRYPTED else None
+
+    def _is_here(self, known: KnownKey) -> bool:
+        path = self._file(known)
+        if path is None:
+            return True
+        with storage_errors(path):
+            return path.exists()
 
     def _create(self, role: str, secret: str) -> KnownKey:
         signer = CryptoSigner.generate_ed25519()
@@ -195,10 +188,3 @@ class Keys:
         if role not in self._said:
             self._said[role] = self.passphrase(role)
         return self._said[role]
-
-
-def _importers() -> list[Any]:
-    """Return the signers that can say the public half of a key that they keep."""
-    from securesystemslib.signer import AWSSigner, AzureSigner, GCPSigner, HSMSigner
-
-    return [AWSSigner, AzureSigner, GCPSigner, HSMSigner]

@@ -13,9 +13,11 @@ that dies before leaves devices where they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 from tuf.api.exceptions import RepositoryError
@@ -33,7 +35,9 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from cnncc.fleet.ceremony import Proposal, sign_metadata
 from cnncc.fleet.keys import Keys
+from cnncc.fleet.signers import read_public
 from cnncc_runtime.errors import NotInRegistry, UsageError, VerificationFailed
 from cnncc_runtime.metadata import fetch_metadata, store_metadata
 from cnncc_runtime.oci.registry import Repository
@@ -92,7 +96,8 @@ class Signing:
     now: Now = _now
     _roles: dict[str, Metadata[Any]] = field(default_factory=dict, repr=False)
     _changed: dict[str, None] = field(default_factory=dict, repr=False)
-    _published_root: bytes = field(default=b"", repr=False)
+    _published: tuple[Metadata[Root], ...] = field(default=(), repr=False)
+    _agreed: bool = field(default=False, repr=False)
     _first: bool = field(default=False, repr=False)
 
     def begin(self, channels: tuple[str, ...] = CHANNELS) -> bytes:
@@ -139,14 +144,9 @@ class Signing:
             NetworkFailed: No answer.
         """
         self._changed.clear()
-        try:
-            self._load()
-        except (RepositoryError, ValueError) as exc:
-            raise VerificationFailed(
-                f"the fleet's metadata cannot be believed: {exc}",
-                where=[str(self.repository.place)],
-                hint="nothing was changed. Was the registry tampered with, or restored from a backup?",
-            ) from exc
+        self._agreed = False
+        with self._believed():
+            self._load(self._roots())
 
     @property
     def root(self) -> Root:
@@ -166,12 +166,11 @@ class Signing:
 
     def overview(self) -> tuple[Role, ...]:
         """Return all roles, after `load`."""
-        known = self.keys.roles()
         found = []
         for name, metadata in self._roles.items():
             above: Mapping[str, Any] = self._above(name).roles or {}
             keyids = tuple(above[name].keyids)
-            here = sum(key.keyid in keyids for key in known.get(name, ()))
+            here = sum(key.keyid in keyids for key in self.keys.here(name))
             signed: Signed = metadata.signed
             found.append(Role(name, above[name].threshold, keyids, here, signed.version, signed.expires))
         return tuple(found)
@@ -220,21 +219,123 @@ class Signing:
         Raises:
             UsageError: There is no such role.
         """
+        old = self._keyids(role)
+        self._exchange(role, old, [known.key for known in self.keys.create(role, len(old))])
+
+    def adopt(self, role: str, where: str, old: str = "") -> str:
+        """Give a role a key that was made elsewhere, in the place of one of its own; `publish` does it.
+
+        Args:
+            role: The role.
+            where: A file with the public half of a key that signs on another machine (`propose`), or the address of a
+                key that signs from here (`cnncc.fleet.signers.import_key`).
+            old: The name of the key that it replaces, or its first digits; may be left out where a role has one key.
+
+        Returns:
+            The new key's name.
+
+        Raises:
+            UsageError: There is no such role, not one such key, or the role has the new one already.
+            DependencyMissing: What speaks to the key is not installed.
+            EnvironmentMissing: It cannot be reached.
+        """
+        having = self._keyids(role)
+        leaving = [keyid for keyid in having if keyid.startswith(old)]
+        if len(leaving) != 1:
+            raise UsageError(
+                f"{role} has {len(leaving)} keys whose name begins with '{old}'" if old else f"{role} has several keys",
+                where=having,
+                hint="--instead-of says which of them the new one replaces",
+            )
+        key = read_public(Path(where)) if Path(where).is_file() else self.keys.adopt(role, where).key
+        if key.keyid in having:
+            raise UsageError(f"{role} has the key {key.keyid} already")
+        self._exchange(role, leaving, [key])
+        return key.keyid
+
+    def _keyids(self, role: str) -> list[str]:
         if role not in self._roles:
             raise UsageError(f"the fleet has no role '{role}'", hint=f"one of {', '.join(self._roles)}")
-        above = self.root if role in _TOP else self._delegations()
+        return list((self._above(role).roles or {})[role].keyids)
+
+    def _exchange(self, role: str, old: list[str], new: list[Key]) -> None:
+        above = self._above(role)
         roles: Mapping[str, Any] = above.roles or {}
-        old = list(roles[role].keyids)
-        made = self.keys.create(role, len(old))
         for keyid in old:
             roles[role].keyids.remove(keyid)
             if not any(keyid in other.keyids for other in roles.values()):
                 del above.keys[keyid]
-        for known in made:
-            above.keys[known.keyid] = known.key
-            roles[role].keyids.append(known.keyid)
+        for key in new:
+            above.keys[key.keyid] = key
+            roles[role].keyids.append(key.keyid)
         self._changed[Root.type if role in _TOP else Targets.type] = None
         self._changed[role] = None
+
+    def propose(self) -> Proposal:
+        """Return the changed root, signed by those of its keys that are here, for others to sign; instead of `publish`.
+
+        Raises:
+            UsageError: Something else was changed, which only `publish` can sign.
+        """
+        before = self._published[-1].signed
+        new = self._roles[Root.type]
+        other = [role for role in self._changed if role != Root.type and role not in _differing(before, new.signed)]
+        if Root.type not in self._changed or other:
+            raise UsageError(
+                f"{' and '.join(other) or 'nothing'} would change without the root",
+                hint="others sign a root alone; leave the file out to sign the rest here",
+            )
+        self._next(Root.type, first=False)
+        new.signatures.clear()
+        for root in (before, new.signed):
+            for signer in self.keys.signers(Root.type, _keys(root, Root.type)):
+                sign_metadata(new, signer)
+        self._changed.clear()
+        return Proposal(self._published, new)
+
+    def agree(self, proposal: Proposal) -> None:
+        """Take a new root that others signed, instead of `load`; `publish` signs what its new keys must, and publishes.
+
+        A publisher that died while it published such a root can do it again.
+
+        Raises:
+            UsageError: Too few signed it, it has expired, or it is published already.
+            VerificationFailed: It does not follow from this fleet's newest root.
+            NetworkFailed: No answer.
+        """
+        self._load_below(proposal.new)
+        proposal.check(self.anchor)
+        if self._published[-1].signed_bytes != proposal.roots[-1].signed_bytes:
+            raise UsageError(
+                f"the fleet's root is version {self.root.version}, and the new one follows {proposal.before.version}",
+                hint="propose it again: another one was published meanwhile",
+            )
+        for of in proposal.signatures():
+            if not of.enough:
+                raise UsageError(
+                    f"the new root needs {of.threshold} keys of root {of.version} to sign, {len(of.signed)} did",
+                    where=of.unsigned,
+                    hint="`cnncc fleet trust sign FILE`, where these keys are",
+                )
+        if proposal.expires <= self.now():
+            raise UsageError(f"the new root was good until {proposal.expires:%Y-%m-%d}", hint="propose it again")
+        differing = _differing(self.root, proposal.new.signed)
+        self._roles[Root.type] = proposal.new
+        self._changed = dict.fromkeys((Root.type, *differing))
+        self._agreed = True
+
+    def _load_below(self, new: Metadata[Root]) -> None:
+        """Fetch the metadata; where a publisher died after the new root, what was there before it."""
+        with self._believed():
+            roots = self._roots()
+            if len(roots) > 1 and roots[-1].signed_bytes == new.signed_bytes:
+                try:
+                    self._load(roots)
+                except (RepositoryError, ValueError):
+                    roots = roots[:-1]
+                else:
+                    raise UsageError(f"root {new.signed.version} is published already")
+            self._load(roots)
 
     def publish(self) -> None:
         """Sign what was changed and publish it; the timestamp, which makes it visible, comes last.
@@ -244,7 +345,7 @@ class Signing:
             NetworkFailed: It was not published; devices are where they were.
         """
         first = self._first
-        before = None if first else Metadata[Root].from_bytes(self._published_root).signed
+        before = self._published[-1].signed if self._published else None
         changed = [*self._changed]
         snapshot: Snapshot = self._roles[Snapshot.type].signed
         timestamp: Timestamp = self._roles[Timestamp.type].signed
@@ -255,21 +356,23 @@ class Signing:
                 snapshot.meta[f"{role}.json"] = MetaFile(self._roles[role].signed.version)
             self._next(Snapshot.type, first=first)
             timestamp.snapshot_meta = MetaFile(snapshot.version)
-        if Root.type in changed and not first:  # the first one was signed already: devices are enrolled with it
+        ready = first or self._agreed  # devices are enrolled with the first one, and holders signed what they agreed to
+        if Root.type in changed and not ready:
             self._next(Root.type, first=False)
         self._next(Timestamp.type, first=first)
         files: dict[str, bytes] = {}
-        if Root.type in changed:
-            files[f"{self.root.version}.root.json"] = self._sign(Root.type, before)
         for role in listed:
             files[f"{self._roles[role].signed.version}.{role}.json"] = self._sign(role)
         if listed or first or Snapshot.type in changed:
             files[f"{snapshot.version}.snapshot.json"] = self._sign(Snapshot.type)
+        if Root.type in changed:  # late: between it and the timestamp, devices may believe neither
+            files[f"{self.root.version}.root.json"] = self.root_bytes if ready else self._sign(Root.type, before)
         files["timestamp.json"] = self._sign(Timestamp.type)
         for name, data in files.items():
             store_metadata(self.repository, name, data)
-        self._published_root = self.root_bytes
-        self._first = False
+        if Root.type in changed:
+            self._published = (*self._published, Metadata.from_bytes(self.root_bytes))
+        self._first = self._agreed = False
         self._changed.clear()
 
     def _next(self, role: str, *, first: bool) -> None:
@@ -291,16 +394,18 @@ class Signing:
         metadata.signatures.clear()
         for above in [*([before] if before else []), self._above(role)]:
             roles: Mapping[str, Any] = above.roles or {}
-            keys = {keyid: above.keys[keyid] for keyid in roles[role].keyids}
+            keys = _keys(above, role)
             signers = self.keys.signers(role, keys)
             if len(signers) < roles[role].threshold:
                 raise UsageError(
                     f"{role} needs {roles[role].threshold} keys to sign, {len(signers)} of its {len(keys)} are here",
                     where=[str(self.keys.folder)],
-                    hint="bring the folder of keys to this machine, or sign on the one that has it",
+                    hint="-o FILE writes it for the holders of the others to sign: `cnncc fleet trust sign FILE`"
+                    if role == Root.type
+                    else "bring the folder of keys to this machine, or sign on the one that has it",
                 )
             for signer in signers:
-                metadata.sign(signer, append=True)
+                sign_metadata(metadata, signer)
         return metadata.to_bytes()
 
     def _above(self, role: str) -> Root | Delegations:
@@ -321,12 +426,24 @@ class Signing:
     def _expiry(self, role: str) -> datetime:
         return self.now() + timedelta(days=LIFETIMES.get(role, _CHANNEL_LIFETIME))
 
-    def _load(self) -> None:
+    @contextlib.contextmanager
+    def _believed(self) -> Iterator[None]:
+        try:
+            yield
+        except (RepositoryError, ValueError) as exc:
+            raise VerificationFailed(
+                f"the fleet's metadata cannot be believed: {exc}",
+                where=[str(self.repository.place)],
+                hint="nothing was changed. Was the registry tampered with, or restored from a backup?",
+            ) from exc
+
+    def _roots(self) -> tuple[Metadata[Root], ...]:
+        """Return the registry's roots, from the one that is known here."""
         if not self.anchor:
             raise UsageError("no root of this fleet is known here", hint="--root names the root.json of its beginning")
-        data = self.anchor
-        root = Metadata[Root].from_bytes(data)
+        root: Metadata[Root] = Metadata.from_bytes(self.anchor)
         root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)
+        roots = [root]
         for version in range(root.signed.version + 1, root.signed.version + _MOST_ROOTS):
             try:
                 newer = fetch_metadata(self.repository, f"{version}.root.json")
@@ -337,8 +454,13 @@ class Signing:
                 by.signed.verify_delegate(Root.type, successor.signed_bytes, successor.signatures)
             if successor.signed.version != version:
                 raise RepositoryError(f"{version}.root.json is version {successor.signed.version}")
-            root, data = successor, newer
-        self._published_root = data
+            roots.append(successor)
+            root = successor
+        return tuple(roots)
+
+    def _load(self, roots: tuple[Metadata[Root], ...]) -> None:
+        self._published = roots
+        root = Metadata[Root].from_bytes(roots[-1].to_bytes())  # which is changed; what is published stays
         self._roles = {Root.type: root}
         timestamp = self._fetch(Timestamp, "timestamp.json", root, Timestamp.type)
         snapshot = self._fetch(Snapshot, f"{timestamp.snapshot_meta.version}.snapshot.json", root, Snapshot.type)
@@ -357,3 +479,13 @@ class Signing:
             raise RepositoryError(f"{name} is version {metadata.signed.version}")
         self._roles[role] = metadata
         return metadata.signed
+
+
+def _keys(above: Any, role: str) -> dict[str, Key]:
+    """Return the keys that may sign for a role, by what is above it."""
+    return {keyid: above.keys[keyid] for keyid in (above.roles or {})[role].keyids}
+
+
+def _differing(before: Root, after: Root) -> list[str]:
+    """Return the roles but root whose metadata a new root wants signed by others than before."""
+    return [role for role in _TOP if role != Root.type and before.roles[role] != after.roles[role]]

@@ -23,6 +23,7 @@ from cnncc_runtime.agent.reports import FAILED, INSTALLED, Report, Spool
 from cnncc_runtime.bundle import read_bundle, write_bundle
 from tests.cli.conftest import Digits
 from tests.cli.harness import Outcome, call, start
+from tests.fleet.test_ceremony import SECRET, held_key
 from tests.oci import registries
 from tests.oci.registries import Registry
 
@@ -126,9 +127,57 @@ def test_keys_are_shown_rotated_and_signed_again(registry: Registry, home: Path)
     assert again["timestamp"]["version"] == roles["timestamp"]["version"] + 2
     for path in sorted((home / "digits").glob("root-*.pem"))[:2]:
         path.rename(path.with_suffix(".away"))
-    refused = call("fleet", "trust", "rotate", "digits", "root", code=3)
-    assert "cannot" in refused.stderr
+    refused = call("fleet", "trust", "rotate", "digits", "root", code=2)
+    assert "root needs 2 keys to sign, 1 of its 3 are here" in refused.stderr
+    assert "-o FILE" in refused.stderr
     assert "good for" in call("fleet", "trust", "show", "digits").stdout
+
+
+def test_a_root_whose_keys_lie_apart_is_proposed_signed_and_published(
+    registry: Registry, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(registry)
+    root, proposal = home / "digits" / "root.json", tmp_path / "next.json"
+    device(tmp_path / "lab", "enroll", "--root", root, "--registry", registry.url, "--name", "digits")
+    away = sorted((home / "digits").glob("root-*.pem"))
+    for path in away:
+        path.rename(tmp_path / path.name)
+    shown = call("fleet", "trust", "show", "digits", "--json").document["roles"]
+    assert {role["name"]: role["here"] for role in shown}["root"] == 0
+
+    assert "nothing is published yet" in call("fleet", "trust", "rotate", "digits", "targets", "-o", proposal).stdout
+    sign = ("fleet", "trust", "sign", proposal, "--root", root)
+    looked = call(*sign).stdout
+    assert "targets, which needs 1 to sign" in looked
+    assert "of the keys of root 1, 0 signed: 2 more must" in looked
+    assert "1 more must" in call(*sign, "--key", tmp_path / away[0].name).stdout
+    refused = call("fleet", "trust", "publish", "digits", proposal, code=2).stderr
+    assert "the new root needs 2 keys of root 1 to sign, 1 did" in refused
+    signed = call(*sign, "--key", tmp_path / away[1].name, "--json").document
+    assert [each["enough"] for each in signed["signatures"]] == [True, True]
+    assert "has root 2" in call("fleet", "trust", "publish", "digits", proposal).stdout
+    device(tmp_path / "lab", "once", code=10)
+
+    own, public = held_key(tmp_path, "holder")
+    assert "--instead-of" in call("fleet", "trust", "adopt", "digits", "root", public, code=2).stderr
+    leaving = shown[0]["keys"][0]
+    adopted = call("fleet", "trust", "adopt", "digits", "root", public, "--instead-of", leaving[:8], "-o", proposal)
+    assert "for the holders" in adopted.stdout
+    [changed] = call(*sign, "--json").document["changes"]
+    assert (changed["role"], changed["removed"], changed["threshold"]) == ("root", [leaving], [2, 2])
+    assert f"+ {changed['added'][0]}" in call(*sign).stdout
+    monkeypatch.setenv(f"{PASSPHRASE}_ROOT", SECRET.decode())
+    call(*sign, "--key", own)
+    monkeypatch.delenv(f"{PASSPHRASE}_ROOT")
+    call(*sign, *(part for path in away if leaving[:16] not in path.name for part in ("--key", tmp_path / path.name)))
+    call("fleet", "trust", "publish", "digits", proposal)
+    again = {role["name"]: role for role in call("fleet", "trust", "show", "digits", "--json").document["roles"]}
+    assert changed["added"][0] in again["root"]["keys"]
+    assert again["root"]["version"] == 3
+    device(tmp_path / "lab", "once", code=10)
+    monkeypatch.setenv(PASSPHRASE, "wrong")
+    assert "does not open" in call(*sign, "--key", tmp_path / away[0].name, code=2).stderr
+    assert "neither a file" in call(*sign, "--key", tmp_path / "absent.pem", code=2).stderr
 
 
 def test_what_cannot_be_is_refused(

@@ -325,7 +325,7 @@ def test_a_root_below_its_threshold_is_refused_here_and_there(world: World) -> N
     world.publisher.renew("root")
     with pytest.raises(UsageError, match="root needs 2 keys to sign, 1 of its 3 are here"):
         world.publisher.publish()
-    root: Metadata[Any] = Metadata.from_bytes(world.publisher._published_root)
+    root: Metadata[Any] = Metadata.from_bytes(world.publisher._published[-1].to_bytes())
     root.signed.version += 1
     root.signatures.clear()
     root.sign(world.publisher.keys.signers("root", root.signed.keys)[0], append=True)
