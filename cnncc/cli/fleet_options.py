@@ -20,6 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 PASSPHRASE = "CNNCC_FLEET_PASSPHRASE"
 """Environment variable: what keys are encrypted with; ``…_ROOT`` and the like are for one role alone."""
+PIN = "CNNCC_FLEET_PIN"
+"""Environment variable: of a token that keeps keys (PKCS #11)."""
 
 
 def reach_options(function: F) -> F:
@@ -59,19 +61,21 @@ def reach(given: dict[str, Any]) -> Reach:
 
 
 def passphrase(role: str) -> str:
-    """Return what a role's keys are encrypted with: from the environment, else asked for at the terminal.
+    """Return what a role's keys are encrypted with, or a token's PIN: from the environment, else asked for.
 
     Raises:
         UsageError: It is in neither.
     """
-    for name in (f"{PASSPHRASE}_{role.upper().replace('-', '_')}", PASSPHRASE):
+    from cnncc.fleet.signers import TOKEN
+
+    what = "the token's PIN" if role == TOKEN else f"the passphrase of {role}"
+    names = (PIN,) if role == TOKEN else (f"{PASSPHRASE}_{role.upper().replace('-', '_')}", PASSPHRASE)
+    for name in names:
         if found := os.environ.get(name):
             return found
     if not sys.stdin.isatty():
-        raise UsageError(
-            f"the keys of {role} are encrypted, and there is no terminal to ask at", hint=f"export {PASSPHRASE}=…"
-        )
-    return getpass.getpass(f"Passphrase of {role}: ")
+        raise UsageError(f"{what} is needed, and there is no terminal to ask at", hint=f"export {names[-1]}=…")
+    return getpass.getpass(f"{what[0].upper()}{what[1:]}: ")
 
 
 def open_named(name: str) -> Fleet:

@@ -148,7 +148,8 @@ def adopt(render: Render, *, name: str, role: str, key: str, old: str, output: P
     """Give ROLE a KEY that was made elsewhere, instead of one of its own.
 
     KEY is the address of a key that signs from here: awskms:KEY, azurekms:VAULT/KEY, gcpkms:VERSION,
-    hsm:ID?label=TOKEN (PKCS #11, $PYKCS11LIB names its library; the passphrase of ROLE is the PIN), hv:KEY (Vault).
+    hsm:ID?label=TOKEN (PKCS #11: $PYKCS11LIB names its library, $CNNCC_FLEET_PIN is the PIN, or it is asked for),
+    hv:KEY (Vault).
     Or it is a file with the public half of a key that stays with its holder, who signs new roots with it
     (`trust sign`): openssl genpkey -algorithm ed25519 -aes256 makes one, openssl pkey -pubout its public half.
     """
@@ -179,7 +180,7 @@ def sign(render: Render, *, proposal: Path, anchor: Path, keys: tuple[str, ...])
         trusted = anchor.read_bytes()
     found.check(trusted)
     if keys:
-        found = found.sign(holders(keys, lambda: passphrase("root")))
+        found = found.sign(holders(keys, passphrase))
         found.write(proposal)
     render.result(_proposal_document(found), lambda: _proposal_text(render, found))
 

@@ -236,9 +236,10 @@ def sign_metadata(metadata: Metadata[Any], signer: Signer) -> None:
     try:
         metadata.sign(signer, append=True)
     except UnsignedMetadataError as exc:
+        cause = exc.__cause__ or exc
         raise EnvironmentMissing(
-            f"the key {signer.public_key.keyid} did not sign: {exc.__cause__ or exc}",
-            hint="is this machine logged in where the key is kept, and may it sign there?",
+            f"the key {signer.public_key.keyid} did not sign: {str(cause) or type(cause).__name__}",
+            hint="is this machine logged in where the key is kept, is the PIN right, and may it sign there?",
         ) from exc
 
 

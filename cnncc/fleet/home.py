@@ -19,7 +19,8 @@ import msgspec
 import platformdirs
 
 from cnncc.fleet.ceremony import Proposal
-from cnncc.fleet.keys import Keys, Passphrase
+from cnncc.fleet.keys import Keys
+from cnncc.fleet.signers import Passphrase
 from cnncc.fleet.signing import CHANNELS, Signing
 from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import UsageError, VerificationFailed

@@ -7,7 +7,7 @@ A private key is an encrypted file (PKCS #8, by `cryptography`), or is kept else
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.signer import CryptoSigner, Key, Signer
 
 from cnncc.fleet import signers
+from cnncc.fleet.signers import TOKEN, Passphrase
 from cnncc_runtime.digests import canonical_json
 from cnncc_runtime.errors import UsageError, VerificationFailed
 from cnncc_runtime.files import atomic_file, storage_errors
@@ -29,9 +30,6 @@ from cnncc_runtime.files import atomic_file, storage_errors
 KEYS = "keys.json"
 _ENCRYPTED = "encrypted"
 _LARGEST = 1 << 20
-
-Passphrase = Callable[[str], str]
-"""Role → what its keys' files are encrypted with."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Keys:
 
     Attributes:
         folder: Holds `KEYS` and the files of private keys.
-        passphrase: Asked once for each role that signs.
+        passphrase: Asked once for each role that signs, and for a token.
     """
 
     folder: Path
@@ -122,7 +120,7 @@ class Keys:
             DependencyMissing: What speaks to it is not installed.
             EnvironmentMissing: It cannot be reached.
         """
-        kept, key = signers.import_key(address, lambda: self._secret(role))
+        kept, key = signers.import_key(address, lambda: self._secret(TOKEN))
         known = KnownKey(key.keyid, key.to_dict(), kept)
         self._add(role, (known,))
         return known
@@ -144,7 +142,7 @@ class Keys:
 
     def _signer(self, role: str, known: KnownKey) -> Signer:
         if (path := self._file(known)) is None:
-            return signers.from_address(known.private, known.key, lambda: self._secret(role))
+            return signers.from_address(known.private, known.key, lambda: self._secret(TOKEN))
         try:
             signer = signers.from_file(path, role, lambda: self._secret(role))
         except UsageError:

@@ -21,6 +21,7 @@ from securesystemslib.signer import (
     SSlibKey,
     VaultSigner,
 )
+from tuf.api.metadata import Root
 
 from cnncc_runtime.errors import CnnccError, DependencyMissing, EnvironmentMissing, UsageError
 from cnncc_runtime.files import storage_errors
@@ -29,6 +30,10 @@ _LARGEST = 1 << 16
 
 Secret = Callable[[], str]
 """Says what a file is encrypted with, or a token's PIN."""
+Passphrase = Callable[[str], str]
+"""Role → what its keys' files are encrypted with; `TOKEN` → a token's PIN."""
+TOKEN = f"{HSMSigner.SCHEME}:"
+"""What is asked for a PIN, which no passphrase stands in for: a few wrong ones lock a token."""
 
 
 def from_file(path: Path, role: str, secret: Secret) -> CryptoSigner:
@@ -71,29 +76,29 @@ def read_public(path: Path) -> Key:
         raise UsageError(f"{path} holds no public key that can sign metadata: {exc}") from exc
 
 
-def from_address(address: str, key: Key, secret: Secret) -> Signer:
+def from_address(address: str, key: Key, pin: Secret) -> Signer:
     """Return what signs with a key that is kept elsewhere.
 
     Args:
         address: As `import_key` returned it.
         key: Its public half.
-        secret: Of a token: its PIN.
+        pin: Of a token.
 
     Raises:
         DependencyMissing: What speaks to it is not installed.
         EnvironmentMissing: It cannot be reached.
     """
     with _elsewhere(address):
-        return Signer.from_priv_key_uri(address, key, lambda _: secret())
+        return Signer.from_priv_key_uri(address, key, lambda _: pin())
 
 
-def import_key(address: str, secret: Secret) -> tuple[str, Key]:
+def import_key(address: str, pin: Secret) -> tuple[str, Key]:
     """Return a key's address as it is kept, and its public half, which is asked for there.
 
     Args:
         address: ``awskms:KEY``, ``azurekms:VAULT/KEY``, ``gcpkms:projects/…/cryptoKeyVersions/N``,
             ``hsm:[ID][?label=TOKEN]`` (PKCS #11, the library in ``$PYKCS11LIB``) or ``hv:KEY`` (HashiCorp Vault).
-        secret: Of a token: its PIN, where it wants that before it shows public keys.
+        pin: Of a token that wants it before it shows public keys.
 
     Raises:
         UsageError: There is no signer for such an address.
@@ -108,7 +113,7 @@ def import_key(address: str, secret: Secret) -> tuple[str, Key]:
         )
     kind, arguments = SCHEMES[scheme]
     try:
-        positional, named = arguments(rest, lambda _: secret())
+        positional, named = arguments(rest, lambda _: pin())
     except ValueError as exc:
         raise UsageError(f"'{address}' is no address of a key: {exc}") from exc
     with _elsewhere(address):
@@ -116,12 +121,12 @@ def import_key(address: str, secret: Secret) -> tuple[str, Key]:
         return kept, key
 
 
-def holders(keys: Sequence[str], secret: Secret) -> list[Signer]:
+def holders(keys: Sequence[str], passphrase: Passphrase) -> list[Signer]:
     """Return what signs with the keys of root that somebody holds.
 
     Args:
         keys: Files, or addresses.
-        secret: What files are encrypted with, or a token's PIN.
+        passphrase: Of root, and of a token.
 
     Raises:
         UsageError: The passphrase is wrong, or a key is neither.
@@ -132,9 +137,10 @@ def holders(keys: Sequence[str], secret: Secret) -> list[Signer]:
     found: list[Signer] = []
     for key in keys:
         if Path(key).is_file():
-            found.append(from_file(Path(key), "root", secret))
+            found.append(from_file(Path(key), Root.type, lambda: passphrase(Root.type)))
         else:
-            found.append(from_address(*import_key(key, secret), secret))
+            kept, public = import_key(key, lambda: passphrase(TOKEN))
+            found.append(from_address(kept, public, lambda: passphrase(TOKEN)))
     return found
 
 
@@ -154,10 +160,10 @@ def _azure(rest: str, _: Any) -> _Arguments:
     return (vault, name), {}
 
 
-def _hsm(rest: str, secret: Any) -> _Arguments:
+def _hsm(rest: str, pin: Any) -> _Arguments:
     number, _, query = rest.partition("?")
     labels = parse_qs(query, strict_parsing=True).get("label") if query else None
-    return (int(number) if number else None, labels[0] if labels else None), {"secrets_handler": secret}
+    return (int(number) if number else None, labels[0] if labels else None), {"secrets_handler": pin}
 
 
 SCHEMES: dict[str, tuple[Any, Callable[[str, Any], _Arguments]]] = {

@@ -17,10 +17,12 @@ import requests
 from click.testing import CliRunner
 
 import cnncc_runtime
-from cnncc.cli.fleet_options import PASSPHRASE
+from cnncc.cli.fleet_options import PASSPHRASE, PIN, passphrase
+from cnncc.fleet.signers import TOKEN
 from cnncc_runtime.agent.cli import cli as agent
 from cnncc_runtime.agent.reports import FAILED, INSTALLED, Report, Spool
 from cnncc_runtime.bundle import read_bundle, write_bundle
+from cnncc_runtime.errors import UsageError
 from tests.cli.conftest import Digits
 from tests.cli.harness import Outcome, call, start
 from tests.fleet.test_ceremony import SECRET, held_key
@@ -269,3 +271,16 @@ def test_a_rollout_that_fails_too_often_is_paused(
 def test_the_collector_is_open_to_nobody_without_tls(tmp_path: Path) -> None:
     said = call("fleet", "serve", "--host", "0.0.0.0", "--database", f"sqlite:///{tmp_path / 'x.db'}", code=2).stderr
     assert "tokens would pass unencrypted" in said
+
+
+def test_a_tokens_pin_is_never_a_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PASSPHRASE, "of files")
+    assert passphrase("root") == "of files"
+    with pytest.raises(UsageError, match="the token's PIN is needed") as caught:
+        passphrase(TOKEN)
+    assert PIN in caught.value.hint
+    monkeypatch.setenv(PIN, "1234")
+    assert passphrase(TOKEN) == "1234"
+    monkeypatch.delenv(PASSPHRASE)
+    with pytest.raises(UsageError, match="the passphrase of stable is needed"):
+        passphrase("stable")
