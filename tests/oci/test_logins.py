@@ -17,7 +17,7 @@ from cnncc_runtime.oci.registry import Repository
 from tests.oci import registries
 from tests.oci.registries import LOGIN
 from tests.oci.test_registry import put
-from tests.oci.tokens import token_server
+from tests.oci.tokens import password_registry, token_server
 
 HOST = "registry.example.com:5000"
 
@@ -154,6 +154,92 @@ def test_a_token_is_fetched_and_used_until_it_expires(tmp_path: Path, login: Cre
         assert methods == ["POST" if login.token else "GET"] * 2, "one token to read, one to write, each once"
         assert {fields["scope"] for _, fields in tokens.asked} == {repository.pull, repository.push}
         assert {fields["service"] for _, fields in tokens.asked} == {"registry.test"}
+
+
+JSON_KEY = json.dumps({"type": "service_account", "private_key": "-----BEGIN PRIVATE KEY-----\n:\n"}, indent=2)
+NOBODY = "00000000-0000-0000-0000-000000000000"
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        # az acr login: nobody's name without a password, and what stands for us
+        ({**encoded(NOBODY, ""), "identitytoken": "eyJ.refresh"}, Credentials(token="eyJ.refresh")),
+        # az acr login --expose-token, and docker login with that
+        (encoded(NOBODY, "eyJ.refresh"), Credentials(NOBODY, "eyJ.refresh")),
+        # docker login -u _json_key, whose password has colons and ends of lines
+        (encoded("_json_key", JSON_KEY), Credentials("_json_key", JSON_KEY)),
+        (encoded("oauth2accesstoken", "ya29.a0"), Credentials("oauth2accesstoken", "ya29.a0")),
+        # Alibaba's temporary password has a colon in it
+        (encoded("cr_temp_user", "eyJ0aW1l:0705733"), Credentials("cr_temp_user", "eyJ0aW1l:0705733")),
+        (encoded("AWS", "eyJwYXls"), Credentials("AWS", "eyJwYXls")),
+    ],
+)
+def test_what_the_clouds_logins_store_is_found(home: Path, entry: object, found: Credentials) -> None:
+    write(home / "config.json", {"auths": {HOST: entry}})
+    assert find_credentials(HOST) == found
+
+
+@pytest.mark.parametrize("name", ["ecr-login", "acr-env", "gcloud", "gcr"])
+def test_each_clouds_helper_is_asked_for_its_registry_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    helper(home, monkeypatch, 'echo "{\\"Username\\": \\"u\\", \\"Secret\\": \\"s\\"}"', name)
+    write(home / "config.json", {"credHelpers": {HOST: name}, "auths": {"other.example.com": encoded("a", "b")}})
+    assert find_credentials(HOST) == Credentials("u", "s")
+    assert find_credentials("other.example.com") == Credentials("a", "b")
+
+
+@pytest.mark.parametrize("login", [Credentials(token="eyJ.refresh"), Credentials(NOBODY, "eyJ.refresh")])
+def test_a_refresh_token_of_azures_kind_is_exchanged_for_an_access_token(tmp_path: Path, login: Credentials) -> None:
+    with (
+        token_server(tmp_path / "tokens", login) as tokens,
+        registries.registry(tmp_path / "registry", tokens=tokens.words) as own,
+    ):
+        tokens.word = "access_token"
+        put(own.repository(login=login), "hello", tag="v1")
+        [(method, fields), *_] = tokens.asked
+        assert method == ("POST" if login.token else "GET")
+        if login.token:
+            assert (fields["grant_type"], fields["refresh_token"]) == ("refresh_token", login.token)
+
+
+@pytest.mark.parametrize("login", [Credentials("_json_key", JSON_KEY), Credentials("cr_temp_user", "eyJ0aW1l:0705733")])
+def test_passwords_that_are_documents_reach_a_token_server_as_they_are(tmp_path: Path, login: Credentials) -> None:
+    with (
+        token_server(tmp_path / "tokens", login) as tokens,
+        registries.registry(tmp_path / "registry", tokens=tokens.words) as own,
+    ):
+        put(own.repository(login=login), "hello", tag="v1")
+
+
+def test_a_password_that_expired_is_asked_for_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helper(
+        home, monkeypatch, f'echo "{{\\"Username\\": \\"AWS\\", \\"Secret\\": \\"$(cat {home}/now)\\"}}"', "ecr-login"
+    )
+    with password_registry("monday") as own:
+        host = f"localhost:{own.port}"
+        write(home / "config.json", {"credHelpers": {host: "ecr-login"}})
+        (home / "now").write_text("monday")
+        place = place_of(f"http://{host}", "vision")
+        repository = Repository(place, Connection(place.host, sleep=lambda _: None))
+        assert repository.tags() == {"1.0.0"}
+        assert own.said == ["", "monday"]
+        own.good, own.expired = {"tuesday"}, {"monday"}
+        (home / "now").write_text("tuesday")
+        assert repository.tags() == {"1.0.0"}
+        assert own.said[2:] == ["monday", "tuesday"]
+
+        own.good, own.expired = set(), {"monday", "tuesday"}
+        own.said.clear()
+        with pytest.raises(RegistryRefused, match="403"):
+            repository.tags()
+        assert own.said == ["tuesday"], "the same password is not tried twice"
+        (home / "now").write_text("monday")
+        own.said.clear()
+        with pytest.raises(RegistryRefused, match="403"):
+            repository.tags()
+        assert own.said == ["tuesday", "monday"], "nor a second one for ever"
 
 
 def test_a_token_server_that_does_not_know_us_is_named(tmp_path: Path) -> None:

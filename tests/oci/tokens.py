@@ -33,6 +33,7 @@ class TokenServer:
         lifetime: Of its tokens, in seconds; negative ones have expired already.
         asked: What it was asked, as pairs of method and fields.
         answer: Its answer, where it is to be another one.
+        word: What it calls a token in its answer; OAuth 2 says ``access_token``.
     """
 
     login: Credentials
@@ -41,6 +42,7 @@ class TokenServer:
     port: int = 0
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     answer: bytes | None = None
+    word: str = "token"
 
     @property
     def words(self) -> str:
@@ -73,8 +75,64 @@ def token_server(folder: Path, login: Credentials) -> Iterator[TokenServer]:
             self._reply(fields, known=bool(login.token) and fields.get("refresh_token") == login.token)
 
         def _reply(self, fields: dict[str, str], *, known: bool) -> None:
-            body = server.answer or json.dumps({"token": _token(fields, server.lifetime, key, chain)}).encode()
+            body = server.answer or json.dumps({server.word: _token(fields, server.lifetime, key, chain)}).encode()
             self.send_response(200 if known else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.port = http.server_address[1]
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+@dataclass
+class PasswordRegistry:
+    """A registry that wants a password with each request and says 403 of one that has expired, as Amazon's does.
+
+    Attributes:
+        good: Passwords of ``AWS`` that it takes.
+        expired: Those that it took before.
+        port: On 127.0.0.1.
+        said: Passwords that it was told, in order; empty for none.
+    """
+
+    good: set[str]
+    expired: set[str] = field(default_factory=set)
+    port: int = 0
+    said: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def password_registry(*good: str) -> Iterator[PasswordRegistry]:
+    server = PasswordRegistry(set(good))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            _, _, encoded = self.headers.get("Authorization", "").partition(" ")
+            name, _, password = base64.b64decode(encoded).decode().partition(":")
+            server.said.append(password)
+            if name == "AWS" and password in server.good:
+                self._reply(200, b'{"name": "vision", "tags": ["1.0.0"]}')
+            elif password in server.expired:
+                self._reply(403, b"Your Authorization Token has expired. Please run 'aws ecr get-login'")
+            else:
+                self._reply(401, b"Not Authorized")
+
+        def _reply(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            if status == 401:
+                self.send_header("WWW-Authenticate", 'Basic realm="https://localhost/",service="ecr.amazonaws.com"')
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

@@ -184,6 +184,11 @@ class Connection:
                 attempt -= 1
                 self._log_in(response, scope)
                 continue
+            if response.status_code == 403 and not logins and self._log_in_anew(scope):
+                logins += 1
+                attempt -= 1
+                response.close()
+                continue
             error = _refusal(response, method, url)
             retry_after = _retry_after(response)
             response.close()
@@ -226,6 +231,17 @@ class Connection:
         if said in ("", before):
             raise self._no_login(login)
         self._said[scope] = said
+
+    def _log_in_anew(self, scope: str) -> bool:
+        """Tell whether there is a newer password than the refused one: Amazon's registry says 403 of what expired."""
+        before = self._said.get(scope, "")
+        if not before.startswith("Basic "):
+            return False
+        login = self.credentials(self.host)
+        if login is None or not login.name or _basic(login) == before:
+            return False
+        self._said[scope] = _basic(login)
+        return True
 
     def _no_login(self, login: Credentials | None) -> RegistryRefused:
         why = "wants a login" if login is None else "does not take the login that is stored for it"
