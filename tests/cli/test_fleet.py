@@ -117,7 +117,7 @@ def test_from_a_compiled_bundle_to_a_device_that_runs_it(
 def test_keys_are_shown_rotated_and_signed_again(registry: Registry, home: Path) -> None:
     begin(registry)
     roles = {role["name"]: role for role in call("fleet", "trust", "show", "digits", "--json").document["roles"]}
-    assert set(roles) == {"root", "targets", "snapshot", "timestamp", "stable", "canary"}
+    assert set(roles) == {"root", "targets", "snapshot", "timestamp", "stable", "canary", "provenance"}
     assert (roles["root"]["threshold"], len(roles["root"]["keys"]), roles["root"]["here"]) == (2, 3, 3)
     call("fleet", "trust", "rotate", "digits", "stable")
     call("fleet", "trust", "refresh", "digits")
