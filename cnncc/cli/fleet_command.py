@@ -9,6 +9,7 @@ from typing import Any
 import click
 from msgspec import to_builtins
 
+from cnncc.cli.fleet_evidence import evidence_document, evidence_text
 from cnncc.cli.fleet_options import (
     name_and_version,
     open_named,
@@ -85,6 +86,37 @@ def status(render: Render, *, name: str) -> None:
             render.line(f"{name}  has no release in any channel")
 
     render.result({"name": name, "channels": [pointer_document(each) for each in found]}, text)
+
+
+@command.command(name="show")
+@click.argument("release", metavar="NAME@VERSION")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A folder for the bills of materials (CycloneDX) and the signed provenances (in-toto).",
+)
+@common
+def show_release(render: Render, *, release: str, output: Path | None) -> None:
+    """Say what a release holds and what is attached to its engines, once all of that is verified.
+
+    Each engine's provenance must be signed by a key that the fleet's metadata names now, and be of this engine; its
+    bill of materials, reports and model must be those that the provenance names. Exits with 30 where one is not, or
+    where they were taken away. What keys signed that were rotated since is not believed either: `cnncc publish` of the
+    same release attaches it anew.
+    """
+    from cnncc.fleet.evidence import release_evidence, write_documents
+    from cnncc.fleet.rollout import pointers
+
+    name, version = name_and_version(release)
+    fleet = open_named(name)
+    fleet.signing.load()
+    fleet.signing.check_dates()
+    found = release_evidence(fleet.releases, version, fleet.signing.attester(), pointers(fleet.signing, fleet.name))
+    document = evidence_document(fleet.name, found)
+    if output is not None:
+        document["written"] = [str(output / file) for file in write_documents(found, output, document)]
+    render.result(document, lambda: evidence_text(render, fleet.name, found))
 
 
 def _pausing(name: str, *, paused: bool) -> click.Command:

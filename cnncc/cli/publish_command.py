@@ -43,6 +43,10 @@ def command(
 
     Bundles are checked to the last byte, and those whose parity nobody proved are refused. What the registry has
     already is not sent again, so a publisher that was interrupted begins again where it was.
+
+    A bill of materials and a provenance, signed by the fleet's key for that, are attached to each engine; `cnncc fleet
+    show` verifies them. Publishing a release again attaches what is missing, and signs anew what was signed by keys
+    that were rotated since.
     """
     from cnncc.fleet.publish import check_bundles, publish
     from cnncc.fleet.rollout import Reach, point
@@ -69,7 +73,10 @@ def command(
         sizes[file] = sizes.get(file, 0) + went
         render.progress(file, sizes[file] / size if size else 1.0)
 
-    made = publish(checked, fleet.releases, version, unproven=allowed, progress=told)
+    fleet.signing.load()
+    made = publish(checked, fleet.releases, version, attester=fleet.signing.attester(), unproven=allowed, progress=told)
+    for bundle, lacking in made.unrecorded.items():
+        render.note(f"{bundle} does not record {' or '.join(lacking)}, so its provenance cannot say it")
     document: dict[str, Any] = {
         "name": name,
         "version": version,

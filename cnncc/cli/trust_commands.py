@@ -131,7 +131,10 @@ def refresh(render: Render, *, name: str, roles: tuple[str, ...], output: Path |
 @_proposal_option
 @common
 def rotate(render: Render, *, name: str, role: str, output: Path | None) -> None:
-    """Give ROLE new keys instead of its old ones; devices follow. What old keys sign is not believed any more."""
+    """Give ROLE new keys instead of its old ones; devices follow. What old keys sign is not believed any more.
+
+    After a rotation of `provenance`, publish the releases that are in use again: that attaches statements signed anew.
+    """
     with open_named(name).changing(output) as signing:
         signing.rotate(role)
     _told(render, {"name": name, "role": role}, output, f"{role} has new keys")

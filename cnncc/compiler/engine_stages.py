@@ -16,7 +16,7 @@ from cnncc.calibration.data import DataSet, load_data
 from cnncc.calibration.table import CalibrationTable, read_table
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain, predict_apart
 from cnncc.compiler.cache import Cache
-from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
+from cnncc.compiler.calibration import calibration_stage, quantize_stage, table_of, tell_findings
 from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest
 from cnncc.compiler.device_runtime import DeviceRuntime
 from cnncc.compiler.emulation import can_emulate
@@ -31,6 +31,7 @@ from cnncc.compiler.stage import Stage
 from cnncc.targets.base import AOT, BuildOptions, Engine, Predicting, Preflight, Target
 from cnncc.targets.devices import NATIVE
 from cnncc_runtime.bundle import (
+    CALIBRATION,
     GOLDEN,
     MANIFEST,
     PARITY,
@@ -369,7 +370,7 @@ def choose(job: Job, int8: Variant) -> Choice:
 
 def _mixed(job: Job, floats: frozenset[str]) -> Variant:
     """Return the model calibrated once more, with some nodes in float: biases, accuracy and all are of that model."""
-    table = read_table(_calibration(job, tuple(sorted(floats))).file(TABLE))  # its health was told of all layers
+    table = read_table(_calibration(job, tuple(sorted(floats))).file(CALIBRATION))  # its health was told of all layers
     layers = tuple(
         msgspec.structs.replace(layer, why="speed") if layer.node in floats else layer for layer in table.layers
     )
@@ -502,7 +503,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
         if request.reference:
             files[REFERENCE] = ("reference", variant.graph.file(CLEANED))
         if variant.table is not None:
-            files[TABLE] = ("report", variant.table.to_bytes())
+            files[CALIBRATION] = ("report", variant.table.to_bytes())
         if payoff is not None:
             files[PAYOFF] = ("report", canonical_json(payoff))
         if job.runtime is not None:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cnncc.fleet.bom import BOM, bill_of_materials
+from cnncc.fleet.evidence import examine
+from cnncc.fleet.provenance import ENVELOPE, PREDICATE, STATEMENT, Attester, statement, unrecorded
 from cnncc_runtime.bundle import Bundle, read_bundle
 from cnncc_runtime.digests import digest_bytes
 from cnncc_runtime.errors import NotInRegistry, ParityFailed, UsageError
@@ -42,6 +45,9 @@ from cnncc_runtime.releases import (
 UNPROVEN = "dev.cnncc.unproven"
 """Annotation of an engine that was published without a passed parity check: who allowed it, and its verdict."""
 
+PREDICATE_TYPE = "in-toto.io/predicate-type"
+"""Annotation of a provenance, by which other tools find it."""
+
 _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 Progress = Callable[[str, int, int], None]
@@ -57,12 +63,14 @@ class Published:
         digest: Of its index.
         entries: Its engines.
         sent: Bytes that were sent: what was there was not.
+        unrecorded: Bundle's folder's name → what it does not say of its build, and so no provenance does.
     """
 
     version: str
     digest: str
     entries: tuple[Descriptor, ...]
     sent: int
+    unrecorded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,20 +128,26 @@ def publish(
     repository: Repository,
     version: str,
     *,
+    attester: Attester | None = None,
     unproven: Mapping[str, str] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Published:
     """Store a release; no device takes it before a channel's signature points to it.
 
+    A bill of materials and a signed provenance are attached to each engine. Where both are there and believed, they are
+    left as they are; after a rotation of the keys, publishing the same again attaches what the new ones sign.
+
     Args:
         bundles: From `check_bundles`.
         repository: Where.
         version: A name that is not taken by another release.
+        attester: Who signs the provenance. None attaches none, nor a bill of materials: `cnncc fleet show` will say so.
         unproven: See `check_bundles`; it is noted in the engine's manifest.
         progress: Told of what is sent.
 
     Raises:
-        UsageError: The version is no tag, or is another release's.
+        UsageError: The version is no tag, or is another release's, or the keys that sign the provenance are not here.
+        VerificationFailed: What the registry has of an engine, or lists for it, is not by the rules.
         NetworkFailed: It was not stored; beginning again sends what is missing.
     """
     if not _VERSION.fullmatch(version):
@@ -142,8 +156,17 @@ def publish(
     index = release_index([engine.entry for engine in engines], version).to_bytes()
     _check_free(repository, version, index)
     sent = sum(_store(repository, engine, version, progress) for engine in engines)
+    if attester is not None:
+        sent += sum(_attest(repository, engine, version, attester) for engine in engines)
     repository.put_manifest(index, INDEX, tag=version)
-    return Published(version, digest_bytes(index), read_index(index).manifests, sent)
+    silent = {each.bundle.path.name: unrecorded(each.bundle.manifest) for each in engines}
+    return Published(
+        version,
+        digest_bytes(index),
+        read_index(index).manifests,
+        sent,
+        {name: what for name, what in silent.items() if what},
+    )
 
 
 def _engine(bundle: Bundle, unproven: Mapping[str, str]) -> _Engine:
@@ -178,7 +201,7 @@ def _store(repository: Repository, engine: _Engine, version: str, progress: Prog
     put("manifest.json", own, describe(own, CONFIG))
     for name, record in bundle.manifest.files.items():
         put(name, bundle.path / name, Descriptor(FILE.format(role=record.role), record.sha256, record.size))
-    tag = f"{version}-{engine.entry.digest[7:19]}"
+    tag = _tag(engine, version)
     repository.put_manifest(engine.manifest, MANIFEST, tag=tag)
     beside = {
         name: record for name, record in bundle.manifest.files.items() if name not in device_files(bundle.manifest)
@@ -195,3 +218,35 @@ def _store(repository: Repository, engine: _Engine, version: str, progress: Prog
         repository.put_manifest(data, MANIFEST, tag=f"{tag}-evidence")
         repository.refer(data, describe(data, MANIFEST, artifact_type=EVIDENCE), engine.entry.digest)
     return sent
+
+
+def _attest(repository: Repository, engine: _Engine, version: str, attester: Attester) -> int:
+    """Attach an engine's bill of materials and provenance, unless they are there; return how many bytes were sent."""
+    digest, own = engine.entry.digest, engine.bundle.manifest
+    found = examine(repository, digest, attester)
+    provenance, bom = found.document(STATEMENT), found.document(BOM)
+    if provenance is not None and bom is not None:
+        # an older release's, maybe: tags of this one keep them when that one's go
+        for each, suffix in ((bom, "bom"), (provenance, "provenance")):
+            repository.put_manifest(repository.manifest(each.digest), MANIFEST, tag=f"{_tag(engine, version)}-{suffix}")
+        return 0
+    materials = bill_of_materials(own, digest)
+    signed = attester.sign(statement(own, digest, materials))
+    subject = Descriptor(MANIFEST, digest, engine.entry.size)
+    config = describe(EMPTY_BYTES, EMPTY, inline=True)
+    sent = len(EMPTY_BYTES) if upload(repository, EMPTY_BYTES, config) else 0
+    for suffix, kind, media_type, title, data, notes in (
+        ("bom", BOM, BOM, "bom.cdx.json", materials, {}),
+        ("provenance", STATEMENT, ENVELOPE, "provenance.intoto.jsonl", signed, {PREDICATE_TYPE: PREDICATE}),
+    ):
+        layer = describe(data, media_type, annotations={TITLE: title})
+        sent += layer.size if upload(repository, data, layer) else 0
+        manifest = Manifest(kind, config, (layer,), subject, notes).to_bytes()
+        repository.put_manifest(manifest, MANIFEST, tag=f"{_tag(engine, version)}-{suffix}")
+        entry = describe(manifest, MANIFEST, artifact_type=kind, annotations=notes)
+        repository.refer(manifest, entry, digest)
+    return sent
+
+
+def _tag(engine: _Engine, version: str) -> str:
+    return f"{version}-{engine.entry.digest[7:19]}"

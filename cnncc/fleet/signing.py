@@ -3,6 +3,7 @@
     root       2 of 3 keys, offline       who may sign what
     targets    1 key, offline             which channels there are, and who may release to each
     CHANNEL    1 key each                 the release of every name in the channel
+    provenance 1 key                      no metadata of weight: how engines came to be (`cnncc.fleet.provenance`)
     snapshot   1 key, online              which versions of all these belong together
     timestamp  1 key, online              that this is the newest, signed again every day
 
@@ -37,6 +38,7 @@ from tuf.api.metadata import (
 
 from cnncc.fleet.ceremony import Proposal, sign_metadata
 from cnncc.fleet.keys import Keys
+from cnncc.fleet.provenance import PROVENANCE, Attester
 from cnncc.fleet.signers import read_public
 from cnncc_runtime.errors import NotInRegistry, UsageError, VerificationFailed
 from cnncc_runtime.metadata import fetch_metadata, store_metadata
@@ -47,7 +49,7 @@ _TOP = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
 _ROOT_KEYS, _ROOT_THRESHOLD = 3, 2
 _MOST_ROOTS = 256
 
-LIFETIMES = {Root.type: 365, Targets.type: 90, Snapshot.type: 7, Timestamp.type: 1}
+LIFETIMES = {Root.type: 365, Targets.type: 90, Snapshot.type: 7, Timestamp.type: 1, PROVENANCE: 365}
 """Role → days that its metadata is good for."""
 _CHANNEL_LIFETIME = 30
 
@@ -104,9 +106,11 @@ class Signing:
         """Make a new fleet's keys and metadata; return the root that devices are enrolled with. `publish` comes next.
 
         Raises:
-            UsageError: There is metadata already.
+            UsageError: There is metadata already, or a channel has the name of another role.
             NetworkFailed: The registry does not answer.
         """
+        if reserved := sorted({*channels} & {*_TOP, PROVENANCE}):
+            raise UsageError(f"{', '.join(reserved)} cannot be a channel: a role has that name")
         if "timestamp.json" in self.repository.tags():
             raise UsageError(
                 f"{self.repository.place} holds a fleet's metadata already",
@@ -120,17 +124,17 @@ class Signing:
         root.roles[Root.type].threshold = _ROOT_THRESHOLD
         delegated: dict[str, DelegatedRole] = {}
         keys: dict[str, Key] = {}
-        for channel in channels:
-            [known] = self.keys.create(channel)
+        for role in (*channels, PROVENANCE):
+            [known] = self.keys.create(role)
             keys[known.keyid] = known.key
-            delegated[channel] = DelegatedRole(channel, [known.keyid], 1, terminating=True, paths=[f"{channel}/*"])
-            self._roles[channel] = Metadata(Targets(expires=self._expiry(channel)))
+            delegated[role] = DelegatedRole(role, [known.keyid], 1, terminating=True, paths=[f"{role}/*"])
+            self._roles[role] = Metadata(Targets(expires=self._expiry(role)))
         targets.delegations = Delegations(keys, delegated)
         self._roles[Root.type] = Metadata(root)
         self._roles[Targets.type] = Metadata(targets)
         self._roles[Snapshot.type] = Metadata(Snapshot(expires=self._expiry(Snapshot.type)))
         self._roles[Timestamp.type] = Metadata(Timestamp(expires=self._expiry(Timestamp.type)))
-        self._changed = dict.fromkeys((Root.type, Targets.type, *channels))
+        self._changed = dict.fromkeys((Root.type, Targets.type, *delegated))
         self._first = True
         self._sign(Root.type)
         self.anchor = self.root_bytes
@@ -162,7 +166,40 @@ class Signing:
     @property
     def channels(self) -> tuple[str, ...]:
         """The channels that the fleet has."""
-        return tuple(self._delegations().roles or {})
+        return tuple(role for role in self._delegations().roles or {} if role != PROVENANCE)
+
+    def attester(self) -> Attester:
+        """Return whose statements about engines are believed, after `load`.
+
+        Raises:
+            UsageError: The fleet's metadata names nobody.
+        """
+        above = self._delegations()
+        role = (above.roles or {}).get(PROVENANCE)
+        if role is None:
+            raise UsageError(
+                f"the fleet's metadata names no keys for {PROVENANCE}",
+                where=[str(self.repository.place)],
+                hint="it was begun by an older cnncc; cnncc fleet trust init begins one under another --name",
+            )
+        keys = {keyid: above.keys[keyid] for keyid in role.keyids}
+        return Attester(keys, role.threshold, lambda: self.keys.signers(PROVENANCE, keys))
+
+    def check_dates(self) -> None:
+        """See that what says whose keys count has not expired, as a device does, after `load`.
+
+        Raises:
+            VerificationFailed: It has, or somebody shows an old state of the registry.
+        """
+        now = self.now()
+        expired = [role for role in _TOP if self._roles[role].signed.is_expired(now)]
+        if expired:
+            raise VerificationFailed(
+                f"the fleet's metadata has expired, so that keys which it names may have been taken back since: "
+                f"{', '.join(expired)}",
+                where=[str(self.repository.place)],
+                hint=f"cnncc fleet trust refresh NAME {' '.join(expired)}; if that was done, the registry is held back",
+            )
 
     def overview(self) -> tuple[Role, ...]:
         """Return all roles, after `load`."""

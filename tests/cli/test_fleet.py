@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import requests
 from click.testing import CliRunner
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 import cnncc_runtime
 from cnncc.cli.fleet_options import PASSPHRASE, PIN, passphrase
@@ -120,7 +122,7 @@ def test_from_a_compiled_bundle_to_a_device_that_runs_it(
 def test_keys_are_shown_rotated_and_signed_again(registry: Registry, home: Path) -> None:
     begin(registry)
     roles = {role["name"]: role for role in call("fleet", "trust", "show", "digits", "--json").document["roles"]}
-    assert set(roles) == {"root", "targets", "snapshot", "timestamp", "stable", "canary"}
+    assert set(roles) == {"root", "targets", "snapshot", "timestamp", "stable", "canary", "provenance"}
     assert (roles["root"]["threshold"], len(roles["root"]["keys"]), roles["root"]["here"]) == (2, 3, 3)
     call("fleet", "trust", "rotate", "digits", "stable")
     call("fleet", "trust", "refresh", "digits")
@@ -180,6 +182,44 @@ def test_a_root_whose_keys_lie_apart_is_proposed_signed_and_published(
     monkeypatch.setenv(PASSPHRASE, "wrong")
     assert "does not open" in call(*sign, "--key", tmp_path / away[0].name, code=2).stderr
     assert "neither a file" in call(*sign, "--key", tmp_path / "absent.pem", code=2).stderr
+
+
+def test_a_release_is_shown_with_what_is_attached_to_it_once_that_is_verified(
+    registry: Registry, home: Path, digits: Digits, tmp_path: Path
+) -> None:
+    begin(registry)
+    published = ("publish", digits.bundle, "--name", "digits", "--version", "1.0.0")
+    call(*published, "--channel", "canary")
+    made = read_bundle(digits.bundle)
+    said = call("fleet", "show", "digits@1.0.0").stdout
+    assert f"built from {made.manifest.model['source']} by cnncc {made.manifest.toolchain['cnncc']}" in said
+    assert "in canary" in said
+    assert "provenance, " in said
+    assert "bill of materials, " in said
+    shown = call("fleet", "show", "digits@1.0.0", "-o", tmp_path / "documents", "--json").document
+    [engine] = shown["engines"]
+    assert (engine["machine"], engine["precision"]) == (made.manifest.target.machine, "fp32")
+    assert all(each["believed"] for each in engine["referrers"])
+    assert {Path(path).name for path in shown["written"]} == {path.name for path in (tmp_path / "documents").iterdir()}
+    [bom] = (tmp_path / "documents").glob("*.cdx.json")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom.read_text()) is None
+
+    again = ("fleet", "trust", "rotate", "digits", "provenance")
+    call(*again)
+    refused = call("fleet", "show", "digits@1.0.0", "-o", tmp_path / "none", code=30).stderr
+    assert "names no such key" in refused
+    assert "`cnncc publish` of the same bundles and version" in refused
+    assert not (tmp_path / "none").exists()
+    assert call("fleet", "show", "digits@1.0.0", "--json", code=30).document["error"] == "VerificationFailed"
+    call(*published)
+    call("publish", digits.bundle, "--name", "digits", "--version", "1.0.1")
+    assert "no signature says that 1.0.1 is this release" in call("fleet", "show", "digits@1.0.1").stdout
+    believed = call("fleet", "show", "digits@1.0.0").stdout
+    assert "not believed: it is signed by" in believed, "what the old key signed is still listed"
+    call("fleet", "show", "digits@2", code=20)
+    assert "no channel 'provenance'" in call("fleet", "promote", "digits@1.0.0", "--to", "provenance", code=2).stderr
+    reserved = ("--registry", registry.url, "--name", "other", "--channels", "stable,provenance")
+    assert "cannot be a channel" in call("fleet", "trust", "init", *reserved, code=2).stderr
 
 
 def test_what_cannot_be_is_refused(

@@ -264,7 +264,7 @@ def test_skopeo_copies_a_release_there_and_back_and_its_digests_stay(
 ) -> None:
     if shutil.which("skopeo") is None:
         pytest.skip("apt-get install skopeo")
-    put(registry.repository("skopeo"), bundles)
+    put(registry.repository("skopeo"), bundles)  # with all that is attached: tests/fleet/test_evidence.py
     there = f"docker://localhost:{registry.port}/skopeo:1.0.0"
     back = f"docker://localhost:{registry.port}/skopeo-back:1.0.0"
     layout = f"oci:{tmp_path / 'layout'}:1.0.0"

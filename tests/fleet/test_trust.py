@@ -155,6 +155,25 @@ def test_a_poll_without_news_is_three_small_requests_at_most(world: World) -> No
     assert [url.rpartition("/")[2] for url in requests] == ["2.root.json", "timestamp.json"]
 
 
+def test_no_device_fetches_metadata_of_the_role_that_signs_provenance(world: World) -> None:
+    world.release("1")
+    device = world.device()
+    requests: list[str] = []
+    send = device.repository.connection._send
+    device.repository.connection._send = lambda *args: (requests.append(args[1]), send(*args))[1]  # type: ignore
+    assert device.version() == "1"
+    names = [url.rpartition("/")[2] for url in requests]
+    assert names == ["2.root.json", "timestamp.json", "2.snapshot.json", "1.targets.json", "2.stable.json"]
+    assert fetch_metadata(world.repository, "1.provenance.json"), "which is there all the same"
+    world.publisher.load()
+    world.publisher.rotate("provenance")
+    world.publisher.publish()
+    requests.clear()
+    assert device.version() == "1"
+    names = [url.rpartition("/")[2] for url in requests]
+    assert names == ["2.root.json", "timestamp.json", "3.snapshot.json", "2.targets.json"], "who has the key, no more"
+
+
 @pytest.mark.parametrize("what", ["all", "timestamp.json"])
 def test_an_old_state_of_the_registry_is_refused(world: World, what: str) -> None:
     world.release("1")
@@ -292,7 +311,7 @@ def test_a_strangers_fleet_is_not_ours(world: World, registry: Registry, tmp_pat
         device.version()
 
 
-@pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp", "stable"])
+@pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp", "stable", "provenance"])
 def test_keys_are_rotated_and_devices_follow(world: World, role: str) -> None:
     world.release("1")
     device = world.device()
@@ -418,7 +437,7 @@ def test_a_wrong_passphrase_and_lost_keys_are_named(world: World) -> None:
 
 def test_private_keys_are_encrypted_and_their_owners_alone(world: World) -> None:
     files = sorted((world.folder / "keys").glob("*.pem"))
-    assert len(files) == 8
+    assert len(files) == 9
     for path in files:
         assert path.read_bytes().startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----")
         assert path.stat().st_mode & 0o777 == 0o600
