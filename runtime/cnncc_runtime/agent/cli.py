@@ -156,7 +156,7 @@ def enroll(
 def once(agent: Agent, as_json: bool, rate: float | None, command: str) -> None:
     """Ask for news, and bring the device to what is announced for it."""
     agent.pace = Pace(rate=(rate or 0) * 1e6)
-    _finish(_poll(agent, agent.once, command), as_json)
+    _finish(poll(agent, agent.once, command), as_json)
 
 
 @cli.command()
@@ -166,7 +166,7 @@ def once(agent: Agent, as_json: bool, rate: float | None, command: str) -> None:
 @click.pass_obj
 def install(agent: Agent, as_json: bool, archive: Path, command: str) -> None:
     """Install the release in ARCHIVE (`cnncc fleet export`), where there is no network."""
-    _finish(_poll(agent, lambda: agent.install(archive), command), as_json)
+    _finish(poll(agent, lambda: agent.install(archive), command), as_json)
 
 
 @cli.command()
@@ -192,7 +192,7 @@ def run(agent: Agent, interval: float, window: str, rate: float | None, command:
     failures = 0
     while not stopped.is_set():
         try:
-            click.echo(_text(_poll(agent, agent.once, command)), err=True)
+            click.echo(_text(poll(agent, agent.once, command)), err=True)
             failures = 0
         except NetworkFailed as exc:
             failures += 1
@@ -289,7 +289,7 @@ def parse_window(text: str) -> Callable[[], bool]:
     return within
 
 
-def _poll(agent: Agent, work: Callable[[], Outcome], command: str) -> Outcome:
+def poll(agent: Agent, work: Callable[[], Outcome], command: str) -> Outcome:
     """Do some work, tell the application, and report what came of it; reports that wait are sent, too."""
     problem = ("", "")
     try:
