@@ -120,10 +120,12 @@ def test_root_does_not_leave_files_among_another_users(tmp_path: Path, monkeypat
     if os.geteuid() == 0:
         os.chown(tmp_path, 12345, -1)
     monkeypatch.setattr(agent_cli.os, "geteuid", lambda: 0)
-    said = Device(tmp_path)("status", code=2)
+    said = Device(tmp_path)("once", code=2)
     assert "belongs to another user" in said
     assert f"sudo -u '#{tmp_path.stat().st_uid}'" in said
     assert list(tmp_path.iterdir()) == []
+    assert "belongs" not in Device(tmp_path)("status", code=2)
+    assert Device(tmp_path)("unit")
 
 
 @pytest.fixture

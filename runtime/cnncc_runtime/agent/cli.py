@@ -52,6 +52,9 @@ sudo -u cnncc-agent cnncc-agent enroll …
 sudo systemctl enable --now cnncc-agent
 """
 
+_READERS = ("status", "unit")
+"""Commands that leave nothing in the agent's folder."""
+
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -83,7 +86,7 @@ def cli(ctx: click.Context, folder: Path) -> None:
     Applications load FOLDER/state/current/bundle.cnncc.
     """
     owner = folder.stat().st_uid if folder.is_dir() else os.geteuid()
-    if os.geteuid() == 0 and owner != 0:
+    if os.geteuid() == 0 and owner != 0 and ctx.invoked_subcommand not in _READERS:
         raise UsageError(
             f"{folder} belongs to another user, whose agent could not change what root leaves in it",
             hint=f"sudo -u '#{owner}' cnncc-agent …",
