@@ -44,15 +44,36 @@ def test_an_engine_that_computes_something_else_is_not(engine: Path, tmp_path: P
     assert "output 'y'" in problem
 
 
-def test_an_engine_that_crashes_is_not(engine: Path, tmp_path: Path) -> None:
+UD2 = b"\x0f\x0b"  # (Intel SDM)
+
+
+def with_code(engine: Path, instruction: bytes) -> bytes:
+    """Return an engine, all of whose code is one instruction."""
     data = bytearray(engine.read_bytes())
     listing = subprocess.run(["readelf", "-S", "-W", str(engine)], capture_output=True, text=True, check=True).stdout
     line = next(line for line in listing.splitlines() if " .text " in line).split()
     at = line.index(".text")
     offset, size = int(line[at + 3], 16), int(line[at + 4], 16)
-    data[offset : offset + size] = b"\x0f\x0b" * (size // 2) + b"\x0f" * (size % 2)  # ud2 (Intel SDM)
-    [problem] = try_engine(bundle(tmp_path, bytes(data))).problems
+    data[offset : offset + size] = (instruction * size)[:size]
+    return bytes(data)
+
+
+def test_an_engine_that_crashes_is_not(engine: Path, tmp_path: Path) -> None:
+    [problem] = try_engine(bundle(tmp_path, with_code(engine, UD2))).problems
     assert "crashed: SIG" in problem
+
+
+def test_an_engine_whose_numbers_overflow_is_not(engine: Path, tmp_path: Path) -> None:
+    path = bundle(tmp_path, engine)
+    x = np.random.default_rng(1).standard_normal((1, 3, 16, 16)).astype("f")
+    y = conv_reference(x)
+    x[0, 0, 8, 8] = np.inf
+    golden = golden_bytes({"x": x}, {"y": y}, {"y": GoldenLimit(1e30, 1e30)})
+    shutil.rmtree(path)
+    path.mkdir()
+    write_bundle(path, manifest(), {ENGINE: ("engine", engine), "golden.npz": ("golden", golden)})
+    [problem] = try_engine(path).problems
+    assert "output 'y' is NaN or Inf where the golden one is not" in problem
 
 
 def test_what_is_no_engine_is_not(tmp_path: Path) -> None:

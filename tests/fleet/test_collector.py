@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +21,10 @@ import uvicorn
 from cnncc.fleet.collector.app import make_app
 from cnncc.fleet.collector.store import DEVICE, VIEWER, Store
 from cnncc_runtime.agent.reports import FAILED, INSTALLED, WENT_BACK, Report, Spool
-from cnncc_runtime.errors import UsageError
+from cnncc_runtime.errors import DependencyMissing, EnvironmentMissing, NetworkFailed, UsageError
+from tests.fleet.databases import Postgres, postgres
+
+NUMBERS = itertools.count()
 
 
 @dataclass
@@ -26,9 +33,33 @@ class Running:
     store: Store
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'fleet.db'}"
+    server: Postgres = request.getfixturevalue("server")
+    name = f"test{next(NUMBERS)}"
+    server.call("createdb", "-h", str(server.folder), "-U", "postgres", name)
+    return server.address.replace("/postgres?", f"/{name}?")
+
+
 @pytest.fixture
-def collector(tmp_path: Path) -> Iterator[Running]:
-    store = Store(f"sqlite:///{tmp_path / 'fleet.db'}")
+def collector(address: str) -> Iterator[Running]:
+    store = Store(address)
+    with serving(store) as running:
+        yield running
+    store.close()
+
+
+@contextlib.contextmanager
+def serving(store: Store) -> Iterator[Running]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(store), log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -38,7 +69,6 @@ def collector(tmp_path: Path) -> Iterator[Running]:
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", store)
         server.should_exit = True
         thread.join()
-    store.close()
 
 
 def report(device: str = "lab-1", outcome: str = INSTALLED, **changes: object) -> Report:
@@ -126,13 +156,13 @@ def test_what_is_no_report_is_refused(collector: Running, body: bytes, status: i
     assert collector.store.devices() == ()
 
 
-def test_a_database_holds_no_token_and_is_found_again(tmp_path: Path) -> None:
-    address = f"sqlite:///{tmp_path / 'fleet.db'}"
+def test_a_database_holds_no_token_and_is_found_again(address: str, tmp_path: Path) -> None:
     store = Store(address)
     token = store.issue(DEVICE, "lab-1")
     store.add(report())
     store.close()
-    assert token.encode() not in (tmp_path / "fleet.db").read_bytes()
+    if address.startswith("sqlite"):
+        assert token.encode() not in (tmp_path / "fleet.db").read_bytes()
     again = Store(address)
     assert again.holder(DEVICE, token) == "lab-1"
     assert len(again.devices()) == 1
@@ -140,3 +170,61 @@ def test_a_database_holds_no_token_and_is_found_again(tmp_path: Path) -> None:
     for wrong in ("", "fleet.db", "nonsense://x"):
         with pytest.raises(UsageError, match="is no database"):
             Store(wrong)
+
+
+def test_a_report_that_comes_many_times_at_once_is_kept_once(collector: Running) -> None:
+    token = collector.store.issue(DEVICE, "*")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: post(collector, token, report()), range(40))) == {204}
+        assert set(pool.map(lambda number: post(collector, token, report(f"lab-{number}")), range(200))) == {204}
+    [release] = collector.store.progress()
+    assert release.installed == 200
+    with collector.store._engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM reports").scalar() == 200
+
+
+def test_the_longest_of_everything_fits(collector: Running) -> None:
+    token = collector.store.issue(DEVICE, "ü" * 253)
+    longest = report(
+        "ü" * 253, FAILED, name="n" * 255, channel="c" * 64, version="v" * 64, slot="a" * 64, error="e" * 64,
+        message="ü" * 500, machine="m" * 32, agent="a" * 32, sequence=(1 << 31) - 1, time=999999999999.0,
+        latency=5e-324,
+    )  # fmt: skip
+    assert post(collector, token, longest) == 204
+    [device] = collector.store.devices()
+    assert (device.device, device.message) == (longest.device, longest.message)
+    for nobody in ("", "x" * 254, "a\0b"):
+        with pytest.raises(UsageError, match="is no name"):
+            collector.store.issue(DEVICE, nobody)
+
+
+def test_a_database_that_goes_away_loses_nothing(tmp_path: Path) -> None:
+    with postgres() as own:
+        store = Store(own.address)
+        token = store.issue(DEVICE, "*")
+        spool = Spool(tmp_path / "reports")
+        for number in range(3):
+            spool.add(report(f"lab-{number}"))
+        with serving(store) as running:
+            own.stop()
+            assert post(running, token, report()) == 503
+            with pytest.raises(NetworkFailed, match="answered 503"):
+                spool.send(f"{running.url}/reports", token)
+            with pytest.raises(EnvironmentMissing, match="the database failed"):
+                Store(own.address)
+            own.start()
+            assert spool.send(f"{running.url}/reports", token) == 3
+        assert len(store.devices()) == 3
+        store.close()
+
+
+def test_a_password_is_not_said_and_a_driver_that_lacks_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("postgresql+psycopg://me:s3cret@host:port/fleet", "nonsense://me:s3cret@host/x"):
+        with pytest.raises(UsageError) as caught:
+            Store(address)
+        assert "s3cret" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(DependencyMissing, match="psycopg") as missing:
+        Store("postgresql+psycopg://me:s3cret@host/fleet")
+    assert missing.value.hint == "pip install 'psycopg[binary]'"
+    assert "s3cret" not in str(missing.value)

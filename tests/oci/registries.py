@@ -202,6 +202,7 @@ class FaultProxy:
         passed = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                self._count(data, source)
                 if fault is not None and passed + len(data) > fault.at:
                     at = max(0, fault.at - passed)
                     if fault.kind == "flip":
@@ -218,6 +219,9 @@ class FaultProxy:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
+    def _count(self, data: bytes, source: socket.socket) -> None:
+        """Told of all that passes."""
+
     def _break(self, sink: socket.socket, fault: Fault, rest: bytes) -> None:
         if fault.kind == "stall":
             self._stop.wait(60)
@@ -228,6 +232,34 @@ class FaultProxy:
                 sink.sendall(bytes([byte]))
                 if self._stop.wait(0.2):
                     return
+
+
+class CountingProxy(FaultProxy):
+    """A proxy that counts what passes it.
+
+    Attributes:
+        requests: What was asked for, as lines of HTTP: ``GET /v2/…``.
+        sent: Bytes to the port.
+        came: Bytes from it.
+    """
+
+    def __init__(self, upstream: int) -> None:
+        super().__init__(upstream)
+        self.requests: list[str] = []
+        self.sent = self.came = 0
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.requests.clear()
+        self.sent = self.came = 0
+
+    def _count(self, data: bytes, source: socket.socket) -> None:
+        if source.getpeername()[1] == self._upstream:
+            self.came += len(data)
+        else:
+            self.sent += len(data)
+            lines = data.split(b"\r\n")
+            self.requests += [line.rpartition(b" ")[0].decode() for line in lines if line.endswith(b" HTTP/1.1")]
 
 
 def _tear(sink: socket.socket) -> None:

@@ -14,6 +14,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+import click
 import jinja2
 import msgspec
 from starlette.applications import Starlette
@@ -24,6 +25,7 @@ from starlette.routing import Route
 
 from cnncc.fleet.collector.store import DEVICE, VIEWER, Device, Progress, Store
 from cnncc_runtime.agent.reports import FAILED, INSTALLED, WENT_BACK, Report
+from cnncc_runtime.errors import EnvironmentMissing
 
 _LARGEST = 64 << 10
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -47,7 +49,8 @@ def make_app(store: Store) -> Starlette:
             Route("/", collector.show),
             Route("/status.json", collector.tell),
             Route("/healthz", _healthy),
-        ]
+        ],
+        exception_handlers={EnvironmentMissing: _away},
     )
 
 
@@ -108,6 +111,12 @@ class _Collector:
     async def _may_look(self, request: Request) -> bool:
         token = _bearer(request) or _password(request)
         return bool(token) and await run_in_threadpool(self._store.holder, VIEWER, token) is not None
+
+
+async def _away(_: Request, exc: Exception) -> Response:
+    """Say that the database is away: devices keep their reports."""
+    click.echo(f"! {exc}", err=True)
+    return PlainTextResponse("the database is away", 503)
 
 
 async def _healthy(_: Request) -> Response:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,18 +22,21 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
     create_engine,
     func,
     insert,
     select,
 )
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from cnncc_runtime.agent.reports import FAILED, INSTALLED, WENT_BACK, Report
-from cnncc_runtime.errors import EnvironmentMissing, UsageError
+from cnncc_runtime.errors import DependencyMissing, EnvironmentMissing, UsageError
 
 DEVICE, VIEWER = "device", "viewer"
 _OUTCOMES = (INSTALLED, FAILED, WENT_BACK)
+_LONGEST = 253
+"""Characters of a device's name: a host name's."""
 
 _metadata = MetaData()
 _reports = Table(
@@ -39,7 +44,7 @@ _reports = Table(
     _metadata,
     Column("id", Integer, primary_key=True),
     Column("received", Float, nullable=False),
-    Column("device", String(253), nullable=False, index=True),
+    Column("device", String(_LONGEST), nullable=False, index=True),
     Column("name", String(255), nullable=False),
     Column("channel", String(64), nullable=False),
     Column("outcome", String(16), nullable=False),
@@ -52,13 +57,14 @@ _reports = Table(
     Column("message", Text, nullable=False),
     Column("machine", String(32), nullable=False),
     Column("agent", String(32), nullable=False),
+    UniqueConstraint("device", "time", "outcome"),
 )
 _tokens = Table(
     "tokens",
     _metadata,
     Column("digest", String(64), primary_key=True),
     Column("kind", String(16), nullable=False),
-    Column("holder", String(253), nullable=False),
+    Column("holder", String(_LONGEST), nullable=False),
 )
 
 
@@ -128,6 +134,26 @@ class Device:
     received: float
 
 
+_DRIVERS = {"psycopg": "psycopg[binary]"}
+"""Module → what `pip` installs it by, where that is not its name."""
+
+
+@contextlib.contextmanager
+def _database_errors() -> Iterator[None]:
+    """Say in our words that a database is away.
+
+    Raises:
+        EnvironmentMissing: It cannot be reached, or failed.
+    """
+    try:
+        yield
+    except SQLAlchemyError as exc:
+        said = str(getattr(exc, "orig", None) or type(exc).__name__).partition("\n")[0]
+        raise EnvironmentMissing(
+            f"the database failed: {said[:200]}", hint="is it up, and is the address right?"
+        ) from exc
+
+
 class Store:
     """A database of reports.
 
@@ -136,17 +162,24 @@ class Store:
 
     Raises:
         UsageError: It is no address of a database.
-        EnvironmentMissing: The database cannot be reached.
+        DependencyMissing: The driver that it names is not installed.
+        EnvironmentMissing: The database cannot be reached; so do all methods.
     """
 
     def __init__(self, address: str) -> None:
+        shown = re.sub(r"//[^/]*@", "//…@", address)  # passwords are not for logs
         try:
             self._engine: Engine = create_engine(address, pool_pre_ping=True)
+        except ModuleNotFoundError as exc:
+            hint = f"pip install '{_DRIVERS.get(exc.name or '', exc.name)}'"
+            raise DependencyMissing(f"the driver of '{shown}' is not installed: {exc.name}", hint=hint) from exc
+        except (ArgumentError, ValueError) as exc:
+            raise UsageError(
+                f"'{shown}' is no database: {type(exc).__name__}",
+                hint="as in sqlite:///fleet.db, postgresql+psycopg://…",
+            ) from exc
+        with _database_errors():
             _metadata.create_all(self._engine)
-        except (ArgumentError, ModuleNotFoundError, ValueError) as exc:
-            raise UsageError(f"'{address}' is no database: {exc}", hint="as in sqlite:///fleet.db") from exc
-        except SQLAlchemyError as exc:
-            raise EnvironmentMissing(f"the database cannot be reached: {exc}") from exc
 
     def close(self) -> None:
         """Close all connections."""
@@ -158,34 +191,35 @@ class Store:
         Args:
             kind: `DEVICE`, which may report as ``holder``, or `VIEWER`, who may look.
             holder: Whose it is; ``*`` of a device token stands for any device.
+
+        Raises:
+            UsageError: Nobody has such a name.
         """
+        if not 0 < len(holder) <= _LONGEST or not holder.isprintable():
+            raise UsageError(f"'{holder[:80]}' is no name", hint=f"names have {_LONGEST} characters at most")
         token = secrets.token_urlsafe(32)
-        with self._engine.begin() as connection:
+        with _database_errors(), self._engine.begin() as connection:
             connection.execute(insert(_tokens).values(digest=_digest(token), kind=kind, holder=holder))
         return token
 
     def holder(self, kind: str, token: str) -> str | None:
         """Return whose a token is; None where it is none of that kind."""
         found = select(_tokens.c.holder).where(_tokens.c.digest == _digest(token), _tokens.c.kind == kind)
-        with self._engine.connect() as connection:
+        with _database_errors(), self._engine.connect() as connection:
             holder: str | None = connection.execute(found).scalar()
         return holder
 
     def add(self, report: Report, *, received: float | None = None) -> None:
         """Keep a report; one that came already, since its answer was lost, is kept once."""
         values = {name: getattr(report, name) for name in report.__struct_fields__}
-        same = select(_reports.c.id).where(
-            _reports.c.device == report.device, _reports.c.time == report.time, _reports.c.outcome == report.outcome
-        )
-        with self._engine.begin() as connection:
-            if connection.execute(same).first() is None:
-                now = time.time() if received is None else received
-                connection.execute(insert(_reports).values(received=now, **values))
+        now = time.time() if received is None else received
+        with _database_errors(), contextlib.suppress(IntegrityError), self._engine.begin() as connection:
+            connection.execute(insert(_reports).values(received=now, **values))
 
     def progress(self) -> tuple[Progress, ...]:
         """Return how every release goes, the newest of each channel first."""
         groups: dict[tuple[str, str, int, str], list[tuple[str, float, str, float]]] = {}
-        with self._engine.connect() as connection:
+        with _database_errors(), self._engine.connect() as connection:
             for row in connection.execute(_latest(_reports.c.sequence)):
                 key = (row.name, row.channel, row.sequence, row.version)
                 groups.setdefault(key, []).append((row.outcome, row.latency, row.message, row.received))
@@ -194,7 +228,7 @@ class Store:
 
     def devices(self, *, most: int = 1000) -> tuple[Device, ...]:
         """Return devices by their last report, those that failed first, then the latest."""
-        with self._engine.connect() as connection:
+        with _database_errors(), self._engine.connect() as connection:
             rows = [
                 Device(r.device, r.name, r.channel, r.outcome, r.version, r.machine, r.latency, r.message, r.received)
                 for r in connection.execute(_latest())
@@ -218,7 +252,7 @@ def _progress(key: tuple[str, str, int, str], rows: Iterable[tuple[str, float, s
     for outcome, _, message, _ in listed:
         if outcome == FAILED:
             said[message] = said.get(message, 0) + 1
-    problems = tuple(sorted(said.items(), key=lambda each: -each[1])[:10])
+    problems = tuple(sorted(said.items(), key=lambda each: (-each[1], each[0]))[:10])
     last = max(received for *_, received in listed)
     return Progress(
         name, channel, version, sequence, count[INSTALLED], count[FAILED], count[WENT_BACK],

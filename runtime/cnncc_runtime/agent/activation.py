@@ -9,6 +9,7 @@ with `settle`, which finishes or undoes what was under way.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,11 @@ _MOST_BAD = 64
 
 _STATE = "state/state.json"
 _CURRENT = "state/current"
+_SLOTS = "../slots"
+"""Seen from the folder that `_CURRENT` is in."""
 _NEW = ".new"
+_SLOT = re.compile(r"[0-9a-f]{64}")
+_AGAIN = "the engine in state/current goes on; enroll the device again"
 
 Healthy = Callable[[str], bool]
 """Tells of a slot whether its engine computes what it should; it may take long, but not for ever."""
@@ -80,16 +85,18 @@ def read_state(disk: Disk) -> State:
     if data is None:
         return State()
     try:
-        return msgspec.json.decode(data, type=State)
+        state = msgspec.json.decode(data, type=State)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise VerificationFailed(
-            f"{_STATE} is damaged: {exc}", hint="the engine in state/current goes on; enroll the device again"
-        ) from exc
+        raise VerificationFailed(f"{_STATE} is damaged: {exc}", hint=_AGAIN) from exc
+    if wrong := [slot for slot in state.needed if not _SLOT.fullmatch(slot)]:
+        raise VerificationFailed(f"{_STATE} is damaged: {wrong[0][:80]!r} is no slot", hint=_AGAIN)
+    return state
 
 
 def current(disk: Disk) -> str:
-    """Return the slot that applications load; empty where there is none."""
-    return (disk.target(_CURRENT) or "").rpartition("/")[2]
+    """Return the slot that applications load; empty where there is none, or they are led elsewhere."""
+    folder, _, slot = (disk.target(_CURRENT) or "").rpartition("/")
+    return slot if folder == _SLOTS else ""
 
 
 def begin(disk: Disk, slot: str, sequence: int) -> None:
@@ -174,6 +181,6 @@ def _keep(disk: Disk, state: State) -> None:
 def _show(disk: Disk, slot: str) -> None:
     """Have applications load a slot from now on."""
     disk.remove(_CURRENT + _NEW)
-    disk.link(f"../slots/{slot}", _CURRENT + _NEW)
+    disk.link(f"{_SLOTS}/{slot}", _CURRENT + _NEW)
     disk.rename(_CURRENT + _NEW, _CURRENT)
     disk.flush_folder("state")

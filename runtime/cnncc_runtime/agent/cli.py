@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import sys
@@ -19,14 +20,16 @@ import msgspec
 
 from cnncc_runtime import __version__
 from cnncc_runtime.agent import activation, slots
+from cnncc_runtime.agent.hook import tell
 from cnncc_runtime.agent.reports import FAILED, INSTALLED, WENT_BACK, Report, Spool, check_address, of_error
+from cnncc_runtime.agent.unit import STATE, unit_text
 from cnncc_runtime.agent.update import Agent, Enrollment, Outcome
 from cnncc_runtime.cpu import host_machine
-from cnncc_runtime.errors import CnnccError, HealthCheckFailed, NetworkFailed, UsageError
+from cnncc_runtime.errors import CnnccError, HealthCheckFailed, NetworkFailed, StorageFailed, UsageError
 from cnncc_runtime.files import storage_errors
-from cnncc_runtime.oci.transfer import Pace
+from cnncc_runtime.oci.http import Connection
+from cnncc_runtime.oci.transfer import Pace, Paused
 
-FOLDER = Path("/var/lib/cnncc-agent")
 NOTHING = 10
 """Exit code: the device has what is announced for it."""
 
@@ -42,6 +45,15 @@ Exit codes:
   50   the new engine failed; the one before runs
 """
 
+AS_SERVICE = """\b
+sudo useradd --system --home-dir /var/lib/cnncc-agent --shell /usr/sbin/nologin cnncc-agent
+cnncc-agent unit | sudo tee /etc/systemd/system/cnncc-agent.service
+sudo -u cnncc-agent cnncc-agent enroll …
+sudo systemctl enable --now cnncc-agent
+"""
+
+_READERS = ("status", "unit")
+"""Commands that leave nothing in the agent's folder."""
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -64,7 +76,7 @@ def _tell(exc: CnnccError) -> None:
 @click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cnncc-agent")
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=FOLDER, envvar="CNNCC_AGENT_FOLDER", show_default=True,
+    "--folder", type=click.Path(path_type=Path), default=STATE, envvar="CNNCC_AGENT_FOLDER", show_default=True,
     help="The agent's own.",
 )  # fmt: skip
 @click.pass_context
@@ -73,11 +85,28 @@ def cli(ctx: click.Context, folder: Path) -> None:
 
     Applications load FOLDER/state/current/bundle.cnncc.
     """
+    owner = folder.stat().st_uid if folder.is_dir() else os.geteuid()
+    if os.geteuid() == 0 and owner != 0 and ctx.invoked_subcommand not in _READERS:
+        raise UsageError(
+            f"{folder} belongs to another user, whose agent could not change what root leaves in it",
+            hint=f"sudo -u '#{owner}' cnncc-agent …",
+        )
     ctx.obj = Agent(folder)
 
 
 def _json(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(function)
+
+
+_RATE = click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="MB a second at most.")
+_ON_CHANGE = click.option(
+    "--on-change", "command", default="", metavar="COMMAND",
+    help="Run once the device loads another engine: $CNNCC_BUNDLE.",
+)  # fmt: skip
+_INTERVAL = click.option(
+    "--interval", type=click.FloatRange(min=1), default=3600.0, show_default=True, help="Seconds between polls."
+)
+_WINDOW = click.option("--window", default="", help="When to download: 02:00-05:00, local time.")
 
 
 @cli.command()
@@ -124,42 +153,49 @@ def enroll(
 
 @cli.command()
 @_json
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="MB a second at most.")
+@_RATE
+@_ON_CHANGE
 @click.pass_obj
-def once(agent: Agent, as_json: bool, rate: float | None) -> None:
+def once(agent: Agent, as_json: bool, rate: float | None, command: str) -> None:
     """Ask for news, and bring the device to what is announced for it."""
     agent.pace = Pace(rate=(rate or 0) * 1e6)
-    _finish(_poll(agent, agent.once), as_json)
+    _finish(poll(agent, agent.once, command), as_json)
 
 
 @cli.command()
 @_json
+@_ON_CHANGE
 @click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.pass_obj
-def install(agent: Agent, as_json: bool, archive: Path) -> None:
+def install(agent: Agent, as_json: bool, archive: Path, command: str) -> None:
     """Install the release in ARCHIVE (`cnncc fleet export`), where there is no network."""
-    _finish(_poll(agent, lambda: agent.install(archive)), as_json)
+    _finish(poll(agent, lambda: agent.install(archive), command), as_json)
 
 
 @cli.command()
-@click.option(
-    "--interval", type=click.FloatRange(min=1), default=3600.0, show_default=True, help="Seconds between polls."
-)
-@click.option("--window", default="", help="When to download: 02:00-05:00, local time.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="MB a second at most.")
+@_INTERVAL
+@_WINDOW
+@_RATE
+@_ON_CHANGE
 @click.pass_obj
-def run(agent: Agent, interval: float, window: str, rate: float | None) -> None:
+def run(agent: Agent, interval: float, window: str, rate: float | None, command: str) -> None:
     """Poll until the service is stopped."""
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     during = parse_window(window)
-    agent.pace = Pace(rate=(rate or 0) * 1e6, wanted=lambda: during() and not stopped.is_set())
+
+    def rest(seconds: float) -> None:
+        if stopped.wait(seconds):
+            raise Paused("the service is being stopped; what was fetched so far is kept")
+
+    agent.connect = lambda host, ca: Connection(host, ca, sleep=rest)
+    agent.pace = Pace(rate=(rate or 0) * 1e6, sleep=rest, wanted=lambda: during() and not stopped.is_set())
     agent.enrollment()
     failures = 0
     while not stopped.is_set():
         try:
-            click.echo(_text(_poll(agent, agent.once)), err=True)
+            click.echo(_text(poll(agent, agent.once, command)), err=True)
             failures = 0
         except NetworkFailed as exc:
             failures += 1
@@ -194,12 +230,35 @@ def status(agent: Agent, as_json: bool) -> None:
         click.echo(f"refused   {' '.join(_short(slot) for slot in state.bad)}")
 
 
+@cli.command(epilog=AS_SERVICE)
+@click.option("--user", is_flag=True, help="For a user's own systemd, with a --folder of his.")
+@_INTERVAL
+@_WINDOW
+@_RATE
+@_ON_CHANGE
+@click.pass_context
+def unit(ctx: click.Context, user: bool, interval: float, window: str, rate: float | None, command: str) -> None:
+    """Print a systemd unit of `cnncc-agent run`, by the path of this installation."""
+    parse_window(window)
+    arguments = [f"--interval={interval:g}"]
+    arguments += [f"--window={window}"] if window else []
+    arguments += [f"--rate={rate:g}"] if rate else []
+    arguments += [f"--on-change={command}"] if command else []
+    folder: Path = ctx.obj.root
+    if user and folder == STATE:
+        raise UsageError(
+            f"{STATE} is the machine's agent's", hint='cnncc-agent --folder "$HOME/.local/state/…" unit --user'
+        )
+    click.echo(unit_text(folder, arguments, user=user), nl=False)
+
+
 @cli.command()
+@_ON_CHANGE
 @click.pass_obj
-def rollback(agent: Agent) -> None:
+def rollback(agent: Agent, command: str) -> None:
     """Go back to the engine before the present one, and refuse the latter from now on."""
     slot = agent.back()
-    _report(agent, Outcome(True, slot), WENT_BACK)
+    _report(agent, Outcome(True, slot), WENT_BACK, _tell_application(agent, command))
     click.echo(f"✓ runs {_short(slot)}")
 
 
@@ -233,12 +292,16 @@ def parse_window(text: str) -> Callable[[], bool]:
     return within
 
 
-def _poll(agent: Agent, work: Callable[[], Outcome]) -> Outcome:
-    """Do some work and report what came of it; reports that wait are sent, too."""
+def poll(agent: Agent, work: Callable[[], Outcome], command: str) -> Outcome:
+    """Do some work, tell the application, and report what came of it; reports that wait are sent, too."""
+    problem = ("", "")
     try:
-        outcome = work()
+        try:
+            outcome = work()
+        finally:  # work that failed may have finished before what a power cut interrupted
+            problem = _tell_application(agent, command)
         if outcome.changed:
-            _report(agent, outcome, INSTALLED)
+            _report(agent, outcome, INSTALLED, problem)
         return outcome
     except HealthCheckFailed as exc:
         state, signed = activation.read_state(agent.disk()), agent.release
@@ -255,7 +318,21 @@ def _report(agent: Agent, outcome: Outcome, what: str, error: tuple[str, str] = 
         enrollment.device, enrollment.name, enrollment.channel, what, outcome.version, outcome.sequence, outcome.slot,
         time.time(), outcome.latency, *error, host_machine(),
     )  # fmt: skip
-    Spool(agent.root / "reports").add(report)
+    try:
+        Spool(agent.root / "reports").add(report)
+    except StorageFailed as exc:  # what the device runs does not depend on it
+        click.echo(f"! a report is lost: {exc}", err=True)
+
+
+def _tell_application(agent: Agent, command: str) -> tuple[str, str]:
+    """Run ``--on-change`` where it is due; return what a report says of its failure."""
+    try:
+        if command:
+            tell(agent.root, activation.current(agent.disk()), command)
+    except CnnccError as exc:
+        click.echo(f"! {exc}", err=True)
+        return of_error(exc)
+    return "", ""
 
 
 def _send(agent: Agent) -> None:
@@ -297,4 +374,5 @@ def _write(document: Any) -> None:
 
 def main() -> None:
     """Entry point."""
-    cli()
+    os.umask(0o022)  # applications of other users load what is written here; nothing in it is secret
+    cli(prog_name="cnncc-agent")

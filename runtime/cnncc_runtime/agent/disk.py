@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -29,11 +30,11 @@ class Disk(Protocol):
         ...
 
     def read(self, path: str) -> bytes | None:
-        """Return a small file's bytes; None where there is none."""
+        """Return a small file's bytes; None where there is none, or a link."""
         ...
 
     def digest(self, path: str) -> str | None:
-        """Return a file's digest; None where there is none."""
+        """Return a file's digest; None where there is none, or a link."""
         ...
 
     def write(self, path: str, data: bytes) -> None:
@@ -105,12 +106,12 @@ class RealDisk:
     def read(self, path: str) -> bytes | None:
         """See `Disk`."""
         with self._at(path) as file:
-            return file.read_bytes() if file.is_file() else None
+            return file.read_bytes() if _is_plain(file) else None
 
     def digest(self, path: str) -> str | None:
         """See `Disk`."""
         with self._at(path) as file:
-            return digest_file(file) if file.is_file() else None
+            return digest_file(file) if _is_plain(file) else None
 
     def write(self, path: str, data: bytes) -> None:
         """See `Disk`."""
@@ -158,3 +159,11 @@ class RealDisk:
                 shutil.rmtree(file)
             else:
                 file.unlink(missing_ok=True)
+
+
+def _is_plain(file: Path) -> bool:
+    """Tell whether there is a file, by its own name: what a link leads to may be changed by others."""
+    try:
+        return stat.S_ISREG(file.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

@@ -111,7 +111,10 @@ def stage(disk: Disk, manifest: bytes, slot: str) -> None:
 
 
 def is_whole(disk: Disk, slot: str) -> bool:
-    """Tell whether a slot is there, and every byte of it is what its manifest says."""
+    """Tell whether a slot is there, no link that leads elsewhere, and every byte of it is what its manifest says."""
+    folder = f"slots/{slot}/{BUNDLE}"
+    if disk.target(f"slots/{slot}") is not None or disk.target(folder) is not None:
+        return False
     if disk.digest(f"slots/{slot}/{_MANIFEST}") != f"sha256:{slot}":
         return False
     data = disk.read(f"slots/{slot}/{_MANIFEST}")
@@ -119,7 +122,6 @@ def is_whole(disk: Disk, slot: str) -> bool:
         files = files_of(read_manifest(data or b""))
     except VerificationFailed:
         return False
-    folder = f"slots/{slot}/{BUNDLE}"
     return sorted(disk.list(folder)) == sorted(files) and all(
         disk.digest(f"{folder}/{name}") == digest for name, digest in files.items()
     )

@@ -113,7 +113,7 @@ class Trust:
             anchor = (self._folder / ANCHOR).read_bytes()
             known = self._folder / _KNOWN
             known.mkdir(exist_ok=True)
-        with _tuf_errors(self._source):
+        with storage_errors(known), _tuf_errors(self._source):
             updater = Updater(
                 metadata_dir=str(known),
                 metadata_base_url=_SCHEME,
@@ -147,9 +147,7 @@ class Trust:
         """Hold the metadata of the roles that were asked to the floor, and raise it."""
         now = self._clock.now(floor.moment)
         roles = dict(floor.roles)
-        for role, (signed, keyids) in _read(known).items():
-            if role not in used:
-                continue  # of another channel, which the device followed once
+        for role, (signed, keyids) in _read(known, used).items():
             if signed.is_expired(as_date(now.time)):
                 raise VerificationFailed(
                     _expired(role, signed.expires, behind=self._clock.is_behind(floor.moment)),
@@ -170,12 +168,17 @@ class Trust:
             path.write_bytes(canonical_json(msgspec.to_builtins(raised)))
 
 
-def _read(known: Path) -> dict[str, tuple[Signed, tuple[str, ...]]]:
-    """Return what `python-tuf` believed and kept: role → its metadata, and the keys that the role has."""
+def _read(known: Path, used: set[str]) -> dict[str, tuple[Signed, tuple[str, ...]]]:
+    """Return what `python-tuf` believed and kept of some roles: role → its metadata, and the keys that the role has.
+
+    Other files there are of another channel, which the device followed once; a power cut may have damaged them.
+    """
     found: dict[str, Signed] = {}
-    for path in sorted(known.glob("*.json")):
-        metadata: Metadata[Any] = Metadata.from_bytes(path.read_bytes())
-        found[path.name.removesuffix(".json")] = metadata.signed
+    for role in sorted(used):
+        path = known / f"{role}.json"
+        if path.exists():
+            metadata: Metadata[Any] = Metadata.from_bytes(path.read_bytes())
+            found[role] = metadata.signed
     root, targets = found[Root.type], found[Targets.type]
     assert isinstance(root, Root)
     assert isinstance(targets, Targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -82,10 +83,7 @@ def download(
     """
     pace = pace or Pace()
     with storage_errors(part):
-        have = part.stat().st_size if part.exists() else 0
-        if have > blob.size:
-            part.unlink()
-            have = 0
+        have = _begun(part, blob.size)
     failures = 0
     while have < blob.size:  # a request for what begins at the end is answered wrongly by some registries
         try:
@@ -116,6 +114,18 @@ def download(
             where=[str(repository.place)],
             hint="the registry's copy is damaged, or was tampered with: publish it again",
         )
+
+
+def _begun(part: Path, size: int) -> int:
+    """Return how many bytes of a blob a file holds; what is too large, or a link, is removed and not followed."""
+    try:
+        found = part.lstat()
+    except FileNotFoundError:
+        return 0
+    if stat.S_ISREG(found.st_mode) and found.st_size <= size:
+        return found.st_size
+    part.unlink()
+    return 0
 
 
 def _continue(repository: Repository, blob: Descriptor, part: Path, have: int, pace: Pace) -> Iterator[int]:
