@@ -54,7 +54,7 @@ def init(render: Render, *, registry: str, name: str, channels: str, ca: Path | 
     from cnncc.fleet.home import ROOT, begin_fleet
 
     names = tuple(dict.fromkeys(channel.strip() for channel in channels.split(",") if channel.strip()))
-    fleet = begin_fleet(registry, name, passphrase, channels=names, ca=ca)
+    fleet = begin_fleet(registry, name, passphrase, channels=names, ca=ca, note=render.note)
     document = {"name": fleet.name, "registry": str(fleet.releases.place), "root": str(fleet.folder / ROOT)}
     render.result(
         document,
@@ -133,6 +133,20 @@ def rotate(render: Render, *, name: str, role: str) -> None:
     render.result({"name": name, "role": role}, lambda: render.line(f"{name}  {role} has new keys"))
 
 
+@trust.command(name="unlock")
+@click.argument("name")
+@common
+def unlock(render: Render, *, name: str) -> None:
+    """Take the lock on a fleet from a publisher that died, before it expires by itself (10 minutes).
+
+    A publisher that is at work after all notices, and publishes nothing.
+    """
+    holder = open_named(name).lock.unlock()
+    document = {"name": name, "holder": to_builtins(holder) if holder else None}
+    said = f"the lock was held by {holder}" if holder else "nobody held the lock"
+    render.result(document, lambda: render.line(f"{name}  {said}; it is free"))
+
+
 @command.command(name="promote")
 @click.argument("release", metavar="NAME@VERSION")
 @click.option("--from", "source", help="Only if this channel points to that version.")
@@ -171,7 +185,12 @@ def status(render: Render, *, name: str) -> None:
                 each.signed.version,
                 f"{each.signed.share / 100:g} %",
                 each.signed.selector,
-                "paused" if each.signed.paused else "",
+                ", ".join(
+                    [
+                        *(["paused"] if each.signed.paused else []),
+                        *([f"{each.aborted} aborted"] if each.aborted else []),
+                    ]
+                ),
                 str(each.signed.sequence),
                 each.before,
             ]
@@ -198,7 +217,7 @@ def _pausing(name: str, *, paused: bool) -> click.Command:
         render.result(pointer_document(made), lambda: render.line(pointer_text(made)))
 
     pausing.help = (
-        "Have no further device take a channel's release; those that have it keep it."
+        "Have no further device take a channel's release; those that have it keep it, until `resume` or `abort`."
         if paused
         else "Have devices take a channel's release again."
     )
@@ -215,12 +234,33 @@ _pausing("resume", paused=False)
 @click.option("--to", "version", default="", help="An older release.  [default: the one before]")
 @common
 def rollback(render: Render, *, name: str, channel: str, version: str) -> None:
-    """Have a channel's devices go back to an older release: all of them, those that have the newer one too."""
+    """Have a channel's devices take an older release: all of them, those too that it was not for before.
+
+    `abort` ends a rollout for those devices alone that took it.
+    """
     from cnncc.fleet.rollout import go_back
 
     fleet = open_named(name)
     with fleet.changing() as signing:
         made = go_back(signing, fleet.releases, channel, fleet.name, version)
+    render.result(pointer_document(made), lambda: render.line(pointer_text(made)))
+
+
+@command.command(name="abort")
+@click.argument("name")
+@_CHANNEL
+@common
+def abort(render: Render, *, name: str, channel: str) -> None:
+    """End a rollout for good: devices that took the release go back to the one before.
+
+    For all others it is as if it had never been announced: what was said of the release before (`--percent`,
+    `--selector`) holds again. `pause` keeps the release where it is; `rollback` gives an older one to every device.
+    """
+    from cnncc.fleet.rollout import abort as end
+
+    fleet = open_named(name)
+    with fleet.changing() as signing:
+        made = end(signing, fleet.releases, channel, fleet.name)
     render.result(pointer_document(made), lambda: render.line(pointer_text(made)))
 
 

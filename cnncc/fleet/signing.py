@@ -34,8 +34,9 @@ from tuf.api.metadata import (
 )
 
 from cnncc.fleet.keys import Keys
+from cnncc.fleet.lock import TIMESTAMP, Turn, store_changes, timestamp_of
 from cnncc_runtime.errors import NotInRegistry, UsageError, VerificationFailed
-from cnncc_runtime.metadata import fetch_metadata, store_metadata
+from cnncc_runtime.metadata import fetch_metadata
 from cnncc_runtime.oci.registry import Repository
 
 CHANNELS = ("stable", "canary")
@@ -94,6 +95,7 @@ class Signing:
     _changed: dict[str, None] = field(default_factory=dict, repr=False)
     _published_root: bytes = field(default=b"", repr=False)
     _first: bool = field(default=False, repr=False)
+    _before: bytes | None = field(default=None, repr=False)
 
     def begin(self, channels: tuple[str, ...] = CHANNELS) -> bytes:
         """Make a new fleet's keys and metadata; return the root that devices are enrolled with. `publish` comes next.
@@ -127,6 +129,7 @@ class Signing:
         self._roles[Timestamp.type] = Metadata(Timestamp(expires=self._expiry(Timestamp.type)))
         self._changed = dict.fromkeys((Root.type, Targets.type, *channels))
         self._first = True
+        self._before = None
         self._sign(Root.type)
         self.anchor = self.root_bytes
         return self.anchor
@@ -236,14 +239,19 @@ class Signing:
         self._changed[Root.type if role in _TOP else Targets.type] = None
         self._changed[role] = None
 
-    def publish(self) -> None:
+    def publish(self, turn: Turn | None = None) -> None:
         """Sign what was changed and publish it; the timestamp, which makes it visible, comes last.
+
+        Args:
+            turn: The lock on the fleet (`cnncc.fleet.lock`); None where nobody else can be at work.
 
         Raises:
             UsageError: Keys of a role are missing here.
+            FleetBusy: Somebody else changed the fleet meanwhile.
             NetworkFailed: It was not published; devices are where they were.
         """
         first = self._first
+        number = turn.number if turn is not None else 0
         before = None if first else Metadata[Root].from_bytes(self._published_root).signed
         changed = [*self._changed]
         snapshot: Snapshot = self._roles[Snapshot.type].signed
@@ -251,13 +259,13 @@ class Signing:
         listed = [role for role in changed if role not in (Root.type, Snapshot.type, Timestamp.type)]
         if listed or first or Snapshot.type in changed:
             for role in listed:
-                self._next(role, first=first)
+                self._next(role, number, first=first)
                 snapshot.meta[f"{role}.json"] = MetaFile(self._roles[role].signed.version)
-            self._next(Snapshot.type, first=first)
+            self._next(Snapshot.type, number, first=first)
             timestamp.snapshot_meta = MetaFile(snapshot.version)
         if Root.type in changed and not first:  # the first one was signed already: devices are enrolled with it
-            self._next(Root.type, first=False)
-        self._next(Timestamp.type, first=first)
+            self._next(Root.type, 0, first=False)
+        self._next(Timestamp.type, number, first=first)
         files: dict[str, bytes] = {}
         if Root.type in changed:
             files[f"{self.root.version}.root.json"] = self._sign(Root.type, before)
@@ -265,17 +273,20 @@ class Signing:
             files[f"{self._roles[role].signed.version}.{role}.json"] = self._sign(role)
         if listed or first or Snapshot.type in changed:
             files[f"{snapshot.version}.snapshot.json"] = self._sign(Snapshot.type)
-        files["timestamp.json"] = self._sign(Timestamp.type)
-        for name, data in files.items():
-            store_metadata(self.repository, name, data)
+        files[TIMESTAMP] = self._sign(Timestamp.type)
+        store_changes(self.repository, files, self._before, turn)
+        self._before = files[TIMESTAMP]
         self._published_root = self.root_bytes
         self._first = False
         self._changed.clear()
 
-    def _next(self, role: str, *, first: bool) -> None:
+    def _next(self, role: str, turn: int, *, first: bool) -> None:
         signed: Signed = self._roles[role].signed
         if not first:
-            signed.version += 1
+            signed.version = max(signed.version + 1, turn)
+            # what a publisher left that died before its timestamp stays what it is; roots are fetched one by one
+            while role not in (Root.type, Timestamp.type) and self.repository.has(f"{signed.version}.{role}.json"):
+                signed.version += 1
         signed.expires = self._expiry(role)
         if role == Timestamp.type:
             signed.unrecognized_fields["issued"] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -340,7 +351,8 @@ class Signing:
             root, data = successor, newer
         self._published_root = data
         self._roles = {Root.type: root}
-        timestamp = self._fetch(Timestamp, "timestamp.json", root, Timestamp.type)
+        self._before = timestamp_of(self.repository)
+        timestamp = self._fetch(Timestamp, TIMESTAMP, root, Timestamp.type)
         snapshot = self._fetch(Snapshot, f"{timestamp.snapshot_meta.version}.snapshot.json", root, Snapshot.type)
         versions = {name.removesuffix(".json"): meta.version for name, meta in snapshot.meta.items()}
         targets = self._fetch(Targets, f"{versions[Targets.type]}.targets.json", root, Targets.type)

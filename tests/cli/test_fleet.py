@@ -18,6 +18,8 @@ from click.testing import CliRunner
 
 import cnncc_runtime
 from cnncc.cli.fleet_options import PASSPHRASE
+from cnncc.fleet.home import open_fleet
+from cnncc.fleet.lock import Holder
 from cnncc_runtime.agent.cli import cli as agent
 from cnncc_runtime.agent.reports import FAILED, INSTALLED, Report, Spool
 from cnncc_runtime.bundle import read_bundle, write_bundle
@@ -103,6 +105,11 @@ def test_from_a_compiled_bundle_to_a_device_that_runs_it(
         ("stable", "1.1.0", "1.0.0"),
         ("canary", "1.0.0", ""),
     }
+    assert "1.0.0, 100 %; 1.1.0 was aborted" in call("fleet", "abort", "digits").stdout
+    assert "✓ runs release 1.0.0" in device(lab, "once")
+    assert "1.1.0 aborted" in call("fleet", "status", "digits").stdout
+    call("fleet", "promote", "digits@1.1.0", "--to", "stable")
+    assert "✓ runs release 1.1.0" in device(lab, "once")
     call("fleet", "rollback", "digits")
     assert "✓ runs release 1.0.0" in device(lab, "once")
 
@@ -126,6 +133,11 @@ def test_keys_are_shown_rotated_and_signed_again(registry: Registry, home: Path)
     assert again["timestamp"]["version"] == roles["timestamp"]["version"] + 2
     for path in sorted((home / "digits").glob("root-*.pem"))[:2]:
         path.rename(path.with_suffix(".away"))
+    open_fleet("digits", lambda role: role).lock._write(Holder("a" * 32, "ada@lab", 0, 1 << 35, 9))
+    refused = call("fleet", "trust", "refresh", "digits", code=20)
+    assert "is being changed by ada@lab, since 1970-01-01 00:00:00 UTC" in refused.stderr
+    assert "the lock was held by ada@lab" in call("fleet", "trust", "unlock", "digits").stdout
+    assert "nobody held the lock" in call("fleet", "trust", "unlock", "digits").stdout
     refused = call("fleet", "trust", "rotate", "digits", "root", code=3)
     assert "cannot" in refused.stderr
     assert "good for" in call("fleet", "trust", "show", "digits").stdout
@@ -161,6 +173,7 @@ def test_what_cannot_be_is_refused(
     assert "has no release" in call("fleet", "pause", "digits", code=2).stderr
     call("fleet", "promote", "digits@1.0.0", "--to", "stable")
     assert "nothing else" in call("fleet", "rollback", "digits", code=2).stderr
+    assert "no release before 1.0.0" in call("fleet", "abort", "digits", code=2).stderr
     wrong = call("fleet", "promote", "digits@1.0.0", "--to", "stable", "--selector", "sm >", code=2)
     assert "not by the rules" in wrong.stderr
     monkeypatch.setenv(PASSPHRASE, "wrong")
