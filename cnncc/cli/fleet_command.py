@@ -265,25 +265,61 @@ def abort(render: Render, *, name: str, channel: str) -> None:
 
 
 @command.command(name="export")
-@click.argument("name")
-@_CHANNEL
+@click.argument("release", metavar="NAME[@VERSION]")
+@click.option("--channel", help="Whose release.  [default: stable; of a VERSION, any that points to it]")
+@click.option("--evidence", is_flag=True, help="With what refers to its engines: the model, reports.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The archive: release.tar")
 @common
-def export(render: Render, *, name: str, channel: str, output: Path) -> None:
+def export(render: Render, *, release: str, channel: str | None, evidence: bool, output: Path) -> None:
     """Write a channel's release, and what says that it may be believed, into one file, for devices without a network.
 
-    `cnncc-agent install` takes it: believed, tried and trusted as any other release. It is good for as long as its
-    timestamp: a day, unless it is signed again.
+    `cnncc-agent install` takes it, believed, tried and trusted as any other release; `cnncc fleet import` brings it
+    into another registry. It is good for as long as its timestamp: a day, unless it is signed again.
     """
     from cnncc.fleet.export import export_release
 
+    name, version = name_and_version(release) if "@" in release else (release, "")
     fleet = open_named(name)
     render.stage("export")
-    made = export_release(fleet.releases, fleet.metadata, channel, fleet.name, output)
+    whose = channel or ("" if version else "stable")
+    made = export_release(
+        fleet.releases, fleet.metadata, fleet.name, output, channel=whose, version=version, evidence=evidence
+    )
     render.result(
         {"archive": str(output), "digest": made.digest, "engines": made.engines, "bytes": made.size},
         lambda: render.line(f"{output}  {made.engines} engines, {size_text(made.size)}"),
     )
+
+
+@command.command(name="import")
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.option("--registry", required=True, help="https://HOST[/PREFIX]; logins are Docker's")
+@click.option("--root", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="root.json")
+@click.option("--name", help="Of the model: a repository of the registry.  [default: as in the archive]")
+@click.option("--ca", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificates, PEM.")
+@common
+def import_(render: Render, *, archive: Path, registry: str, root: Path, name: str | None, ca: Path | None) -> None:
+    """Bring an archive of `export` into another registry: that of a site without internet.
+
+    It is checked to the last byte first, as a device checks it, from ROOT. A registry never goes back to older
+    metadata. What it has is not sent again. Devices of the site follow that registry as any other.
+    """
+    from cnncc.fleet.bring import import_release, name_in
+    from cnncc.fleet.home import home, repositories
+
+    releases, metadata = repositories(registry, name or name_in(archive), ca)
+    render.stage("import")
+    made = import_release(archive, root.read_bytes(), releases, metadata, scratch=home(), note=render.note)
+    for channel in made.missing:
+        render.note(f"{channel} points to a release that is not in {releases.place}: its devices stay as they are")
+    document = {
+        "registry": str(releases.place),
+        "versions": list(made.versions),
+        "channels": list(made.channels),
+        "bytes_sent": made.sent,
+    }
+    what = f"{', '.join(made.versions)} for {', '.join(made.channels)}"
+    render.result(document, lambda: render.line(f"{releases.place}  has {what}; {size_text(made.sent)} sent"))
 
 
 _COLLECTOR = click.option("--collector", required=True, help="https://HOST, where `cnncc fleet serve` runs.")

@@ -194,6 +194,25 @@ def open_fleet(
     return _fleet(folder, record, root, passphrase, connect, note)
 
 
+def repositories(
+    registry: str, name: str, ca: Path | None, connect: Callable[[str, Path | None], Connection] = Connection
+) -> tuple[Repository, Repository]:
+    """Return where a fleet's releases are, and its metadata.
+
+    Args:
+        registry: Its address.
+        name: Of the model.
+        ca: Certificates instead of the system's.
+        connect: Makes a connection.
+
+    Raises:
+        UsageError: Not such an address, or not such a name.
+    """
+    place = place_of(registry, name)
+    connection = connect(place.host, ca)
+    return Repository(place, connection), Repository(place.beside(METADATA), connection)
+
+
 def _fleet(
     folder: Path,
     record: _Record,
@@ -202,13 +221,11 @@ def _fleet(
     connect: Callable[[str, Path | None], Connection],
     note: Note,
 ) -> Fleet:
-    place = place_of(record.registry, record.name)
-    connection = connect(place.host, Path(record.ca) if record.ca else None)
-    metadata = Repository(place.beside(METADATA), connection)
+    releases, metadata = repositories(record.registry, record.name, Path(record.ca) if record.ca else None, connect)
     return Fleet(
         folder,
         record.name.rpartition("/")[2],
-        Repository(place, connection),
+        releases,
         metadata,
         Signing(metadata, Keys(folder, passphrase), root),
         Lock(metadata, note),

@@ -140,7 +140,7 @@ def publish(
         raise UsageError(f"'{version}' is no version", hint="letters, digits, and . _ - between them, 64 at most")
     engines = [_engine(bundle, unproven or {}) for bundle in bundles]
     index = release_index([engine.entry for engine in engines], version).to_bytes()
-    _check_free(repository, version, index)
+    check_free(repository, version, index)
     sent = sum(_store(repository, engine, version, progress) for engine in engines)
     repository.put_manifest(index, INDEX, tag=version)
     return Published(version, digest_bytes(index), read_index(index).manifests, sent)
@@ -153,7 +153,12 @@ def _engine(bundle: Bundle, unproven: Mapping[str, str]) -> _Engine:
     return _Engine(bundle, data, release_entry(data, bundle.manifest))
 
 
-def _check_free(repository: Repository, version: str, index: bytes) -> None:
+def check_free(repository: Repository, version: str, index: bytes) -> None:
+    """See that a version is no other release's.
+
+    Raises:
+        UsageError: It is.
+    """
     try:
         there = repository.manifest(version)
     except NotInRegistry:

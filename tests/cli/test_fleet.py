@@ -116,6 +116,15 @@ def test_from_a_compiled_bundle_to_a_device_that_runs_it(
     call("fleet", "promote", "digits@1.1.0", "--to", "stable")
     archive = tmp_path / "release.tar"
     assert "1 engines" in call("fleet", "export", "digits", "-o", archive).stdout
+    assert "no channel points to" in call("fleet", "export", "digits@9", "-o", tmp_path / "no.tar", code=2).stderr
+    call("fleet", "export", "digits@1.1.0", "--evidence", "-o", tmp_path / "all.tar")
+    with registries.registry(tmp_path / "site") as site:
+        there = ("--registry", site.url, "--root", root)
+        assert "has 1.1.0 for stable" in call("fleet", "import", tmp_path / "all.tar", *there).stdout
+        device(tmp_path / "far", "enroll", *there, "--name", "digits", "--device", "far-1")
+        assert "✓ runs release 1.1.0" in device(tmp_path / "far", "once")
+        refused = call("fleet", "import", tmp_path / "none.tar", *there, code=3)
+        assert "none.tar" in refused.stderr
     registry.process.kill()
     registry.process.wait()
     assert "✓ runs release 1.1.0" in device(lab, "install", archive)
