@@ -42,7 +42,8 @@ def command(
     """Publish BUNDLES as one release: an engine for each kind of device.
 
     Bundles are checked to the last byte, and those whose parity nobody proved are refused. What the registry has
-    already is not sent again, so a publisher that was interrupted begins again where it was.
+    already is not sent again, so a publisher that was interrupted begins again where it was: of a large file at the
+    last part (16 MiB) that the registry confirmed, where it still knows of it.
     """
     from cnncc.fleet.publish import check_bundles, publish
     from cnncc.fleet.rollout import Reach, point
@@ -69,7 +70,7 @@ def command(
         sizes[file] = sizes.get(file, 0) + went
         render.progress(file, sizes[file] / size if size else 1.0)
 
-    made = publish(checked, fleet.releases, version, unproven=allowed, progress=told)
+    made = publish(checked, fleet.releases, version, unproven=allowed, sessions=fleet.uploads, progress=told)
     document: dict[str, Any] = {
         "name": name,
         "version": version,

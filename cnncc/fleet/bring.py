@@ -15,6 +15,7 @@ from typing import Any
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
+from cnncc.fleet.home import UPLOADS
 from cnncc.fleet.keys import Keys
 from cnncc.fleet.lock import TIMESTAMP, Lock, store_changes, timestamp_of
 from cnncc.fleet.publish import check_free
@@ -113,7 +114,7 @@ def import_release(
         root: The fleet's root metadata, from somebody who is trusted.
         releases: Where releases go.
         metadata: Where the fleet's metadata goes.
-        scratch: A folder in which a blob lies at a time.
+        scratch: A folder in which a blob lies at a time; what broke off goes on by what is kept in its ``uploads``.
         note: Told of what is worth knowing.
         progress: Told of bytes.
 
@@ -130,7 +131,7 @@ def import_release(
         _check_newer(metadata, root, believed, folder)
         for plan in plans:
             check_free(releases, plan.version, plan.index)
-        sent = sum(_store(layout, plan, releases, folder, progress) for plan in plans)
+        sent = sum(_store(layout, plan, releases, folder, scratch / UPLOADS, progress) for plan in plans)
         with Lock(metadata, note).held("", lambda _: None) as turn:
             _check_newer(metadata, root, believed, folder)
             before = timestamp_of(metadata)
@@ -240,13 +241,19 @@ def _check_newer(metadata: Repository, root: bytes, believed: _Believed, folder:
             )
 
 
-def _store(layout: Layout, plan: _Plan, releases: Repository, folder: Path, progress: Progress) -> int:
+def _store(layout: Layout, plan: _Plan, releases: Repository, folder: Path, sessions: Path, progress: Progress) -> int:
     """Store a release; return how many bytes of blobs were sent."""
     sent = 0
+
+    def told(went: int) -> None:
+        nonlocal sent
+        sent += went
+        progress(went)
+
     for blob in plan.blobs.values():
         if not releases.has_blob(blob.digest):
             layout.copy(blob, folder / "blob")
-            sent += blob.size if upload(releases, folder / "blob", blob, progress=progress) else 0
+            upload(releases, folder / "blob", blob, sessions=sessions, progress=told)
     for digest, manifest in {**plan.engines, **plan.referrers}.items():
         releases.put_manifest(manifest, MANIFEST, tag=f"{plan.version}-{digest[7:19]}")
     releases.put_manifest(plan.index, INDEX, tag=plan.version)

@@ -3,6 +3,7 @@
 NAME/fleet.json   the registry, and the model's name
 NAME/root.json    the root of its beginning: what devices are enrolled with
 NAME/keys.json, NAME/ROLE-KEYID.pem   see `cnncc.fleet.keys`
+NAME/uploads/     how far uploads are that broke off
 NAME/lock         held by whoever changes the fleet's metadata from this machine; names the change (`cnncc.fleet.lock`)
 """
 
@@ -30,7 +31,7 @@ from cnncc_runtime.oci.registry import Repository
 
 METADATA = "tuf"
 """The repository of a fleet's metadata, below that of its releases: `cnncc_runtime.agent.update` looks there."""
-_FLEET, ROOT, _LOCK = "fleet.json", "root.json", "lock"
+_FLEET, ROOT, _LOCK, UPLOADS = "fleet.json", "root.json", "lock", "uploads"
 
 Note = Callable[[str], None]
 
@@ -61,6 +62,11 @@ class Fleet:
     metadata: Repository
     signing: Signing
     lock: Lock
+
+    @property
+    def uploads(self) -> Path:
+        """What says how far uploads are that broke off."""
+        return self.folder / UPLOADS
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Signing]:

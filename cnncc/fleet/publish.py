@@ -121,6 +121,7 @@ def publish(
     version: str,
     *,
     unproven: Mapping[str, str] | None = None,
+    sessions: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Published:
     """Store a release; no device takes it before a channel's signature points to it.
@@ -130,6 +131,7 @@ def publish(
         repository: Where.
         version: A name that is not taken by another release.
         unproven: See `check_bundles`; it is noted in the engine's manifest.
+        sessions: A folder that says how far uploads are, for whoever begins again after this process died.
         progress: Told of what is sent.
 
     Raises:
@@ -141,7 +143,7 @@ def publish(
     engines = [_engine(bundle, unproven or {}) for bundle in bundles]
     index = release_index([engine.entry for engine in engines], version).to_bytes()
     check_free(repository, version, index)
-    sent = sum(_store(repository, engine, version, progress) for engine in engines)
+    sent = sum(_store(repository, engine, version, sessions, progress) for engine in engines)
     repository.put_manifest(index, INDEX, tag=version)
     return Published(version, digest_bytes(index), read_index(index).manifests, sent)
 
@@ -170,15 +172,18 @@ def check_free(repository: Repository, version: str, index: bytes) -> None:
         )
 
 
-def _store(repository: Repository, engine: _Engine, version: str, progress: Progress) -> int:
+def _store(repository: Repository, engine: _Engine, version: str, sessions: Path | None, progress: Progress) -> int:
     """Store an engine and what is beside it; return how many bytes were sent."""
     bundle, own = engine.bundle, engine.bundle.manifest.to_bytes()
     sent = 0
 
     def put(name: str, source: Path | bytes, blob: Descriptor) -> None:
-        nonlocal sent
-        if upload(repository, source, blob, progress=lambda went: progress(name, went, blob.size)):
-            sent += blob.size
+        def told(went: int) -> None:
+            nonlocal sent
+            sent += went
+            progress(name, went, blob.size)
+
+        upload(repository, source, blob, sessions=sessions, progress=told)
 
     put("manifest.json", own, describe(own, CONFIG))
     for name, record in bundle.manifest.files.items():
