@@ -75,7 +75,12 @@ def status(render: Render, *, name: str) -> None:
                 each.signed.version,
                 f"{each.signed.share / 100:g} %",
                 each.signed.selector,
-                "paused" if each.signed.paused else "",
+                ", ".join(
+                    [
+                        *(["paused"] if each.signed.paused else []),
+                        *([f"{each.aborted} aborted"] if each.aborted else []),
+                    ]
+                ),
                 str(each.signed.sequence),
                 each.before,
             ]
@@ -133,7 +138,7 @@ def _pausing(name: str, *, paused: bool) -> click.Command:
         render.result(pointer_document(made), lambda: render.line(pointer_text(made)))
 
     pausing.help = (
-        "Have no further device take a channel's release; those that have it keep it."
+        "Have no further device take a channel's release; those that have it keep it, until `resume` or `abort`."
         if paused
         else "Have devices take a channel's release again."
     )
@@ -150,7 +155,10 @@ _pausing("resume", paused=False)
 @click.option("--to", "version", default="", help="An older release.  [default: the one before]")
 @common
 def rollback(render: Render, *, name: str, channel: str, version: str) -> None:
-    """Have a channel's devices go back to an older release: all of them, those that have the newer one too."""
+    """Have a channel's devices take an older release: all of them, those too that it was not for before.
+
+    `abort` ends a rollout for those devices alone that took it.
+    """
     from cnncc.fleet.rollout import go_back
 
     fleet = open_named(name)
@@ -159,26 +167,80 @@ def rollback(render: Render, *, name: str, channel: str, version: str) -> None:
     render.result(pointer_document(made), lambda: render.line(pointer_text(made)))
 
 
-@command.command(name="export")
+@command.command(name="abort")
 @click.argument("name")
 @_CHANNEL
+@common
+def abort(render: Render, *, name: str, channel: str) -> None:
+    """End a rollout for good: devices that took the release go back to the one before.
+
+    For all others it is as if it had never been announced: what was said of the release before (`--percent`,
+    `--selector`) holds again. `pause` keeps the release where it is; `rollback` gives an older one to every device.
+    """
+    from cnncc.fleet.rollout import abort as end
+
+    fleet = open_named(name)
+    with fleet.changing() as signing:
+        made = end(signing, fleet.releases, channel, fleet.name)
+    render.result(pointer_document(made), lambda: render.line(pointer_text(made)))
+
+
+@command.command(name="export")
+@click.argument("release", metavar="NAME[@VERSION]")
+@click.option("--channel", help="Whose release.  [default: stable; of a VERSION, any that points to it]")
+@click.option("--evidence", is_flag=True, help="With what refers to its engines: the model, reports.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The archive: release.tar")
 @common
-def export(render: Render, *, name: str, channel: str, output: Path) -> None:
+def export(render: Render, *, release: str, channel: str | None, evidence: bool, output: Path) -> None:
     """Write a channel's release, and what says that it may be believed, into one file, for devices without a network.
 
-    `cnncc-agent install` takes it: believed, tried and trusted as any other release. It is good for as long as its
-    timestamp: a day, unless it is signed again.
+    `cnncc-agent install` takes it, believed, tried and trusted as any other release; `cnncc fleet import` brings it
+    into another registry. It is good for as long as its timestamp: a day, unless it is signed again.
     """
     from cnncc.fleet.export import export_release
 
+    name, version = name_and_version(release) if "@" in release else (release, "")
     fleet = open_named(name)
     render.stage("export")
-    made = export_release(fleet.releases, fleet.metadata, channel, fleet.name, output)
+    whose = channel or ("" if version else "stable")
+    made = export_release(
+        fleet.releases, fleet.metadata, fleet.name, output, channel=whose, version=version, evidence=evidence
+    )
     render.result(
         {"archive": str(output), "digest": made.digest, "engines": made.engines, "bytes": made.size},
         lambda: render.line(f"{output}  {made.engines} engines, {size_text(made.size)}"),
     )
+
+
+@command.command(name="import")
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.option("--registry", required=True, help="https://HOST[/PREFIX]; logins are Docker's")
+@click.option("--root", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="root.json")
+@click.option("--name", help="Of the model: a repository of the registry.  [default: as in the archive]")
+@click.option("--ca", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificates, PEM.")
+@common
+def import_(render: Render, *, archive: Path, registry: str, root: Path, name: str | None, ca: Path | None) -> None:
+    """Bring an archive of `export` into another registry: that of a site without internet.
+
+    It is checked to the last byte first, as a device checks it, from ROOT. A registry never goes back to older
+    metadata. What it has is not sent again. Devices of the site follow that registry as any other.
+    """
+    from cnncc.fleet.bring import import_release, name_in
+    from cnncc.fleet.home import home, repositories
+
+    releases, metadata = repositories(registry, name or name_in(archive), ca)
+    render.stage("import")
+    made = import_release(archive, root.read_bytes(), releases, metadata, scratch=home(), note=render.note)
+    for channel in made.missing:
+        render.note(f"{channel} points to a release that is not in {releases.place}: its devices stay as they are")
+    document = {
+        "registry": str(releases.place),
+        "versions": list(made.versions),
+        "channels": list(made.channels),
+        "bytes_sent": made.sent,
+    }
+    what = f"{', '.join(made.versions)} for {', '.join(made.channels)}"
+    render.result(document, lambda: render.line(f"{releases.place}  has {what}; {size_text(made.sent)} sent"))
 
 
 _COLLECTOR = click.option("--collector", required=True, help="https://HOST, where `cnncc fleet serve` runs.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from cnncc.cli.main import RENDER
 from cnncc_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,10 +80,10 @@ def passphrase(role: str) -> str:
 
 
 def open_named(name: str) -> Fleet:
-    """Return the fleet of a name."""
+    """Return the fleet of a name; what is worth knowing of it is a note of the command's."""
     from cnncc.fleet.home import open_fleet
 
-    return open_fleet(name, passphrase)
+    return open_fleet(name, passphrase, note=click.get_current_context().meta[RENDER].note)
 
 
 def name_and_version(text: str) -> tuple[str, str]:
@@ -101,7 +102,8 @@ def pointer_text(pointer: Pointer) -> str:
     """Return a line about where a channel points."""
     signed = pointer.signed
     who = f"{signed.share / 100:g} %" + (f" of devices with {signed.selector}" if signed.selector else "")
-    return f"{pointer.channel}/{pointer.name}  {signed.version}, {who}{', paused' if signed.paused else ''}"
+    ended = f"; {pointer.aborted} was aborted" if pointer.aborted else ""
+    return f"{pointer.channel}/{pointer.name}  {signed.version}, {who}{', paused' if signed.paused else ''}{ended}"
 
 
 def pointer_document(pointer: Pointer) -> dict[str, Any]:
@@ -114,5 +116,6 @@ def pointer_document(pointer: Pointer) -> dict[str, Any]:
         "name": pointer.name,
         "digest": pointer.digest,
         "before": pointer.before,
+        "aborted": pointer.aborted,
         **signed,
     }

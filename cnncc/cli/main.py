@@ -48,6 +48,8 @@ Exit codes:
 
 F = TypeVar("F", bound=Callable[..., Any])
 _JSON = "cnncc.json"
+RENDER = "cnncc.render"
+"""Where a command's context keeps its `Render`."""
 
 
 class LazyGroup(click.Group):
@@ -163,6 +165,7 @@ def common(function: F) -> F:
         from cnncc.cli.render import Render
 
         render = Render(as_json=as_json, verbosity=-1 if quiet else int(verbose))
+        click.get_current_context().meta[RENDER] = render
         try:
             with stops_as_stops():
                 return function(render, **kwargs)

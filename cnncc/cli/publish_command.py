@@ -42,7 +42,8 @@ def command(
     """Publish BUNDLES as one release: an engine for each kind of device.
 
     Bundles are checked to the last byte, and those whose parity nobody proved are refused. What the registry has
-    already is not sent again, so a publisher that was interrupted begins again where it was.
+    already is not sent again, so a publisher that was interrupted begins again where it was: of a large file at the
+    last part (16 MiB) that the registry confirmed, where it still knows of it.
 
     A bill of materials and a provenance, signed by the fleet's key for that, are attached to each engine; `cnncc fleet
     show` verifies them. Publishing a release again attaches what is missing, and signs anew what was signed by keys
@@ -74,7 +75,15 @@ def command(
         render.progress(file, sizes[file] / size if size else 1.0)
 
     fleet.signing.load()
-    made = publish(checked, fleet.releases, version, attester=fleet.signing.attester(), unproven=allowed, progress=told)
+    made = publish(
+        checked,
+        fleet.releases,
+        version,
+        attester=fleet.signing.attester(),
+        unproven=allowed,
+        sessions=fleet.uploads,
+        progress=told,
+    )
     for bundle, lacking in made.unrecorded.items():
         render.note(f"{bundle} does not record {' or '.join(lacking)}, so its provenance cannot say it")
     document: dict[str, Any] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from msgspec import to_builtins
 
 from cnncc.cli.fleet_options import open_named, passphrase
 from cnncc.cli.main import common
@@ -38,7 +39,7 @@ def init(render: Render, *, registry: str, name: str, channels: str, ca: Path | 
     from cnncc.fleet.home import ROOT, begin_fleet
 
     names = tuple(dict.fromkeys(channel.strip() for channel in channels.split(",") if channel.strip()))
-    fleet = begin_fleet(registry, name, passphrase, channels=names, ca=ca)
+    fleet = begin_fleet(registry, name, passphrase, channels=names, ca=ca, note=render.note)
     document = {"name": fleet.name, "registry": str(fleet.releases.place), "root": str(fleet.folder / ROOT)}
     render.result(
         document,
@@ -231,3 +232,17 @@ def _proposal_text(render: Render, proposal: Proposal) -> None:
     for each in proposal.signatures():
         enough = "enough" if each.enough else f"{each.threshold - len(each.signed)} more must"
         render.line(f"  of the keys of root {each.version}, {len(each.signed)} signed: {enough}")
+
+
+@trust.command(name="unlock")
+@click.argument("name")
+@common
+def unlock(render: Render, *, name: str) -> None:
+    """Take the lock on a fleet from a publisher that died, before it expires by itself (10 minutes).
+
+    A publisher that is at work after all notices, and publishes nothing.
+    """
+    holder = open_named(name).lock.unlock()
+    document = {"name": name, "holder": to_builtins(holder) if holder else None}
+    said = f"the lock was held by {holder}" if holder else "nobody held the lock"
+    render.result(document, lambda: render.line(f"{name}  {said}; it is free"))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuf.api.metadata import Metadata, Snapshot, Timestamp
+from tuf.api.metadata import Metadata, Snapshot, Targets, Timestamp
 
 from cnncc_runtime.digests import digest_bytes
-from cnncc_runtime.errors import VerificationFailed
+from cnncc_runtime.errors import UsageError, VerificationFailed
 from cnncc_runtime.files import scratch_folder, storage_errors
 from cnncc_runtime.oci.formats import INDEX, MANIFEST, Descriptor, describe, read_index, read_manifest
 from cnncc_runtime.oci.layout import REF, write_layout
@@ -38,41 +38,52 @@ class Exported:
 def export_release(
     repository: Repository,
     metadata: Repository,
-    channel: str,
     name: str,
     path: Path,
     *,
+    channel: str = "",
+    version: str = "",
+    evidence: bool = False,
     progress: Progress = lambda _: None,
 ) -> Exported:
-    """Write the release that a channel points to into an archive, whole or not at all.
+    """Write a release that a channel points to into an archive, whole or not at all.
 
     Args:
         repository: Where the release is.
         metadata: Where the fleet's metadata is.
-        channel: Whose release.
         name: Of the model.
         path: The archive; what was fetched for it lies beside it meanwhile.
+        channel: Whose release; empty for any that points to ``version``.
+        version: Which release; empty for whichever the channel points to.
+        evidence: Whether what refers to its engines comes along (the model, reports).
         progress: Told of bytes.
 
     Raises:
+        UsageError: No channel points to that release: no device would believe it.
         VerificationFailed: The registry's metadata is none, or points to nothing.
         NetworkFailed: No answer.
         StorageFailed: The archive cannot be written.
     """
     files = _metadata(metadata)
-    signed: Any = Metadata.from_bytes(files[next(name for name in files if name.endswith(f".{channel}.json"))]).signed
-    target = signed.targets.get(f"{channel}/{name}")
-    if target is None:
-        raise VerificationFailed(f"nothing is announced as {channel}/{name}", where=[str(metadata.place)])
+    target = _pointed(files, name, channel, version, metadata)
     digest = f"sha256:{target.hashes['sha256']}"
     index = repository.manifest(digest)
     small = {digest: index}
     entries = [replace(describe(index, INDEX), annotations={REF: target.custom["version"]})]
     large: dict[str, Descriptor] = {}
-    for entry in read_index(index).manifests:
-        small[entry.digest] = repository.manifest(entry.digest)
-        engine = read_manifest(small[entry.digest])
-        large |= {blob.digest: blob for blob in (engine.config, *engine.layers)}
+
+    def take(manifest: str) -> bytes:
+        small[manifest] = data = repository.manifest(manifest)
+        found = read_manifest(data)
+        large.update({blob.digest: blob for blob in (found.config, *found.layers)})
+        return data
+
+    engines = [entry.digest for entry in read_index(index).manifests]
+    for engine in engines:
+        take(engine)
+    if evidence:
+        beside = {each.digest for subject in (digest, *engines) for each in repository.referrers(subject)}
+        entries += [describe(take(each), MANIFEST) for each in sorted(beside)]
     for tag, _ in files.items():
         manifest = metadata.manifest(tag)
         small[digest_bytes(manifest)] = manifest
@@ -81,17 +92,38 @@ def export_release(
         for blob in (parts.config, *parts.layers):
             small[blob.digest] = blob.data if blob.data is not None else metadata.small_blob(blob, most=blob.size)
     with scratch_folder(path.parent) as scratch:
-        for number, blob in enumerate(large.values()):
+        fetched = [blob for blob in large.values() if blob.digest not in small]
+        for number, blob in enumerate(fetched):
             download(repository, blob, scratch / f"{number}", progress=progress)
         pieces = {each: (len(data), iter([data])) for each, data in small.items()}
         write_layout(
             path,
             entries,
-            pieces
-            | {blob.digest: (blob.size, _read(scratch / f"{number}")) for number, blob in enumerate(large.values())},
+            pieces | {blob.digest: (blob.size, _read(scratch / f"{number}")) for number, blob in enumerate(fetched)},
         )
     with storage_errors(path):
-        return Exported(digest, len(read_index(index).manifests), path.stat().st_size)
+        return Exported(digest, len(engines), path.stat().st_size)
+
+
+def _pointed(files: dict[str, bytes], name: str, channel: str, version: str, metadata: Repository) -> Any:
+    """Return the target of a channel that points to a release."""
+    found: dict[str, Any] = {}
+    for file, data in files.items():
+        signed = Metadata.from_bytes(data).signed
+        role = file.removesuffix(".json").partition(".")[2]
+        if isinstance(signed, Targets) and (target := signed.targets.get(f"{role}/{name}")) and target.custom:
+            found[role] = target
+    asked = {role: target for role, target in found.items() if channel in ("", role)}
+    if version:
+        asked = {role: target for role, target in asked.items() if target.custom["version"] == version}
+    if asked:
+        return next(iter(asked.values()))
+    if version:
+        raise UsageError(
+            f"{channel} does not point to {name}@{version}" if channel else f"no channel points to {name}@{version}",
+            hint=f"devices believe what a channel's key signed: cnncc fleet promote {name}@{version} --to CHANNEL",
+        )
+    raise VerificationFailed(f"nothing is announced as {channel}/{name}", where=[str(metadata.place)])
 
 
 def _metadata(repository: Repository) -> dict[str, bytes]:

@@ -3,7 +3,8 @@
 NAME/fleet.json   the registry, and the model's name
 NAME/root.json    the root of its beginning: what devices are enrolled with
 NAME/keys.json, NAME/ROLE-KEYID.pem   see `cnncc.fleet.keys`
-NAME/lock         held by whoever changes the fleet's metadata from this machine
+NAME/uploads/     how far uploads are that broke off
+NAME/lock         held by whoever changes the fleet's metadata from this machine; names the change (`cnncc.fleet.lock`)
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import platformdirs
 
 from cnncc.fleet.ceremony import Proposal
 from cnncc.fleet.keys import Keys
+from cnncc.fleet.lock import Lock, Turn
 from cnncc.fleet.signers import Passphrase
 from cnncc.fleet.signing import CHANNELS, Signing
 from cnncc_runtime.digests import canonical_json
-from cnncc_runtime.errors import UsageError, VerificationFailed
+from cnncc_runtime.errors import FleetBusy, UsageError, VerificationFailed
 from cnncc_runtime.files import atomic_file, storage_errors
 from cnncc_runtime.oci.http import Connection
 from cnncc_runtime.oci.place import place_of
@@ -31,7 +33,9 @@ from cnncc_runtime.oci.registry import Repository
 
 METADATA = "tuf"
 """The repository of a fleet's metadata, below that of its releases: `cnncc_runtime.agent.update` looks there."""
-_FLEET, ROOT, _LOCK = "fleet.json", "root.json", "lock"
+_FLEET, ROOT, _LOCK, UPLOADS = "fleet.json", "root.json", "lock", "uploads"
+
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Fleet:
         releases: Where its releases are.
         metadata: Where what is signed of them is.
         signing: That.
+        lock: Held by whoever changes it, on whichever machine.
     """
 
     folder: Path
@@ -58,6 +63,12 @@ class Fleet:
     releases: Repository
     metadata: Repository
     signing: Signing
+    lock: Lock
+
+    @property
+    def uploads(self) -> Path:
+        """What says how far uploads are that broke off."""
+        return self.folder / UPLOADS
 
     @contextlib.contextmanager
     def changing(self, proposal: Path | None = None) -> Iterator[Signing]:
@@ -67,15 +78,15 @@ class Fleet:
             proposal: A file into which the new root is written instead, for others to sign (`cnncc.fleet.ceremony`).
 
         Raises:
-            UsageError: Somebody else on this machine changes it now.
+            FleetBusy: Somebody else changes it now.
             VerificationFailed: The registry's metadata is not to be believed.
             NetworkFailed: No answer; devices are where they were.
         """
-        with self._alone():
+        with self.locked() as turn:
             self.signing.load()
             yield self.signing
             if proposal is None:
-                self.signing.publish()
+                self.signing.publish(turn)
             else:
                 self.signing.propose().write(proposal)
 
@@ -83,25 +94,41 @@ class Fleet:
         """Publish a new root that enough holders of its keys signed, and sign again what its new keys must.
 
         Raises:
-            UsageError: See `Signing.agree`; somebody else on this machine changes the fleet now; keys are missing here.
+            UsageError: See `Signing.agree`; or keys are missing here.
+            FleetBusy: Somebody else changes the fleet now.
             VerificationFailed: The registry's metadata, or the proposal, is not to be believed.
             NetworkFailed: No answer.
         """
-        with self._alone():
+        with self.locked() as turn:
             self.signing.agree(proposal)
-            self.signing.publish()
+            self.signing.publish(turn)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[Turn]:
+        """Keep every other publisher from changing the fleet, on this machine and on others.
+
+        Raises:
+            FleetBusy: Somebody else changes it now.
+            NetworkFailed: No answer.
+            StorageFailed: The folder cannot be written.
+        """
         path = self.folder / _LOCK
         with storage_errors(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+        def begun(change: str) -> None:
+            with storage_errors(path):
+                os.pwrite(handle, change.encode(), 0)
+
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
-                raise UsageError(f"somebody else on this machine changes {self.name} now") from exc
-            yield
+                raise FleetBusy(f"somebody else on this machine changes {self.name} now") from exc
+            with storage_errors(path):
+                own = os.pread(handle, 64, 0).decode("ascii", "replace")
+            with self.lock.held(own, begun) as turn:
+                yield turn
         finally:
             os.close(handle)
 
@@ -121,6 +148,7 @@ def begin_fleet(
     ca: Path | None = None,
     folder: Path | None = None,
     connect: Callable[[str, Path | None], Connection] = Connection,
+    note: Note = lambda _: None,
 ) -> Fleet:
     """Make a fleet: keys, and metadata in its registry.
 
@@ -132,9 +160,11 @@ def begin_fleet(
         ca: Certificates instead of the system's.
         folder: Where it is kept; below `home` by default.
         connect: Makes a connection.
+        note: Told of what is worth knowing.
 
     Raises:
         UsageError: There is such a fleet, here or in the registry.
+        FleetBusy: Somebody else makes it now.
         NetworkFailed: The registry does not answer.
         StorageFailed: The folder cannot be written.
     """
@@ -144,12 +174,13 @@ def begin_fleet(
     with storage_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = _Record(registry, name, str(ca.resolve()) if ca else "")
-    fleet = _fleet(folder, record, b"", passphrase, connect)
-    root = fleet.signing.begin(channels)
-    for file, data in ((ROOT, root), (_FLEET, canonical_json(msgspec.to_builtins(record)))):
-        with atomic_file(folder / file) as path:
-            path.write_bytes(data)
-    fleet.signing.publish()
+    fleet = _fleet(folder, record, b"", passphrase, connect, note)
+    with fleet.locked() as turn:
+        root = fleet.signing.begin(channels)
+        for file, data in ((ROOT, root), (_FLEET, canonical_json(msgspec.to_builtins(record)))):
+            with atomic_file(folder / file) as path:
+                path.write_bytes(data)
+        fleet.signing.publish(turn)
     return fleet
 
 
@@ -159,8 +190,16 @@ def open_fleet(
     *,
     folder: Path | None = None,
     connect: Callable[[str, Path | None], Connection] = Connection,
+    note: Note = lambda _: None,
 ) -> Fleet:
     """Return a fleet that this machine knows.
+
+    Args:
+        name: Of the model.
+        passphrase: What keys are encrypted with, role by role.
+        folder: Where it is kept; below `home` by default.
+        connect: Makes a connection.
+        note: Told of what is worth knowing.
 
     Raises:
         UsageError: It knows none of that name.
@@ -179,7 +218,26 @@ def open_fleet(
             root = (folder / ROOT).read_bytes()
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise VerificationFailed(f"{folder / _FLEET} is damaged: {exc}", hint="restore it from a backup") from exc
-    return _fleet(folder, record, root, passphrase, connect)
+    return _fleet(folder, record, root, passphrase, connect, note)
+
+
+def repositories(
+    registry: str, name: str, ca: Path | None, connect: Callable[[str, Path | None], Connection] = Connection
+) -> tuple[Repository, Repository]:
+    """Return where a fleet's releases are, and its metadata.
+
+    Args:
+        registry: Its address.
+        name: Of the model.
+        ca: Certificates instead of the system's.
+        connect: Makes a connection.
+
+    Raises:
+        UsageError: Not such an address, or not such a name.
+    """
+    place = place_of(registry, name)
+    connection = connect(place.host, ca)
+    return Repository(place, connection), Repository(place.beside(METADATA), connection)
 
 
 def _fleet(
@@ -188,14 +246,14 @@ def _fleet(
     root: bytes,
     passphrase: Passphrase,
     connect: Callable[[str, Path | None], Connection],
+    note: Note,
 ) -> Fleet:
-    place = place_of(record.registry, record.name)
-    connection = connect(place.host, Path(record.ca) if record.ca else None)
-    metadata = Repository(place.beside(METADATA), connection)
+    releases, metadata = repositories(record.registry, record.name, Path(record.ca) if record.ca else None, connect)
     return Fleet(
         folder,
         record.name.rpartition("/")[2],
-        Repository(place, connection),
+        releases,
         metadata,
         Signing(metadata, Keys(folder, passphrase), root),
+        Lock(metadata, note),
     )

@@ -130,6 +130,7 @@ def publish(
     *,
     attester: Attester | None = None,
     unproven: Mapping[str, str] | None = None,
+    sessions: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Published:
     """Store a release; no device takes it before a channel's signature points to it.
@@ -143,6 +144,7 @@ def publish(
         version: A name that is not taken by another release.
         attester: Who signs the provenance. None attaches none, nor a bill of materials: `cnncc fleet show` will say so.
         unproven: See `check_bundles`; it is noted in the engine's manifest.
+        sessions: A folder that says how far uploads are, for whoever begins again after this process died.
         progress: Told of what is sent.
 
     Raises:
@@ -154,8 +156,8 @@ def publish(
         raise UsageError(f"'{version}' is no version", hint="letters, digits, and . _ - between them, 64 at most")
     engines = [_engine(bundle, unproven or {}) for bundle in bundles]
     index = release_index([engine.entry for engine in engines], version).to_bytes()
-    _check_free(repository, version, index)
-    sent = sum(_store(repository, engine, version, progress) for engine in engines)
+    check_free(repository, version, index)
+    sent = sum(_store(repository, engine, version, sessions, progress) for engine in engines)
     if attester is not None:
         sent += sum(_attest(repository, engine, version, attester) for engine in engines)
     repository.put_manifest(index, INDEX, tag=version)
@@ -176,7 +178,12 @@ def _engine(bundle: Bundle, unproven: Mapping[str, str]) -> _Engine:
     return _Engine(bundle, data, release_entry(data, bundle.manifest))
 
 
-def _check_free(repository: Repository, version: str, index: bytes) -> None:
+def check_free(repository: Repository, version: str, index: bytes) -> None:
+    """See that a version is no other release's.
+
+    Raises:
+        UsageError: It is.
+    """
     try:
         there = repository.manifest(version)
     except NotInRegistry:
@@ -188,15 +195,18 @@ def _check_free(repository: Repository, version: str, index: bytes) -> None:
         )
 
 
-def _store(repository: Repository, engine: _Engine, version: str, progress: Progress) -> int:
+def _store(repository: Repository, engine: _Engine, version: str, sessions: Path | None, progress: Progress) -> int:
     """Store an engine and what is beside it; return how many bytes were sent."""
     bundle, own = engine.bundle, engine.bundle.manifest.to_bytes()
     sent = 0
 
     def put(name: str, source: Path | bytes, blob: Descriptor) -> None:
-        nonlocal sent
-        if upload(repository, source, blob, progress=lambda went: progress(name, went, blob.size)):
-            sent += blob.size
+        def told(went: int) -> None:
+            nonlocal sent
+            sent += went
+            progress(name, went, blob.size)
+
+        upload(repository, source, blob, sessions=sessions, progress=told)
 
     put("manifest.json", own, describe(own, CONFIG))
     for name, record in bundle.manifest.files.items():

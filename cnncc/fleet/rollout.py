@@ -3,6 +3,10 @@
 What is signed of a release (`cnncc_runtime.agent.rollout.Signed`) says who shall have it. The sequence grows when a
 channel points to another release, an older one too; how far a release goes may change without that, and devices that
 have it do not try it again.
+
+    pause     no further device takes the release; those that have it keep it, and `resume` goes on
+    rollback  all of the channel's devices take an older release, those too that it was not for before
+    abort     devices that took the release go back to the one before; for all others nothing was ever announced
 """
 
 from __future__ import annotations
@@ -51,6 +55,18 @@ class Halt(msgspec.Struct, frozen=True):
     least: int = 20
 
 
+class Earlier(msgspec.Struct, frozen=True):
+    """Where a channel pointed before; signed with the release, and for its publisher alone.
+
+    Attributes:
+        digest: Of the release's index.
+        signed: What was signed with it.
+    """
+
+    digest: str
+    signed: Signed
+
+
 @dataclass(frozen=True)
 class Pointer:
     """Where a channel points.
@@ -60,23 +76,31 @@ class Pointer:
         name: Of the model.
         digest: Of the release's index.
         signed: What is signed with it.
-        before: The version that the channel pointed to before; empty for none.
+        earlier: Where the channel pointed before; None where there is nothing to go back to.
         halt: When the rollout is paused; None for never.
+        aborted: The version of the rollout that was aborted, and undone by this one; empty for none.
     """
 
     channel: str
     name: str
     digest: str
     signed: Signed
-    before: str = ""
+    earlier: Earlier | None = None
     halt: Halt | None = None
+    aborted: str = ""
+
+    @property
+    def before(self) -> str:
+        """The version that the channel pointed to before; empty for none."""
+        return self.earlier.signed.version if self.earlier else ""
 
 
-class _Own(msgspec.Struct):
+class _Own(msgspec.Struct, omit_defaults=True):
     """What is signed for the publisher, beside `Signed`."""
 
-    before: str = ""
+    earlier: Earlier | None = None
     halt: Halt | None = None
+    aborted: str = ""
 
 
 def pointers(signing: Signing, name: str) -> tuple[Pointer, ...]:
@@ -95,7 +119,7 @@ def pointers(signing: Signing, name: str) -> tuple[Pointer, ...]:
         if target is not None:
             signed, own = read_signed(target.custom or {}), _own(target.custom or {})
             digest = f"sha256:{target.hashes['sha256']}"
-            found.append(Pointer(channel, name, digest, signed, own.before, own.halt))
+            found.append(Pointer(channel, name, digest, signed, own.earlier, own.halt, own.aborted))
     return tuple(found)
 
 
@@ -139,9 +163,11 @@ def point(
     )
     reach = reach or Reach()
     signed = _reached(msgspec.structs.replace(old, repository=str(repository.place)), reach)
-    last = (before.before if same else before.signed.version) if before else ""
-    halt = _halt(before.halt if same and before else None, reach)
-    made = Pointer(channel, name, digest_bytes(index), signed, last, halt)
+    if before is not None and same:
+        made = replace(before, signed=signed, halt=_halt(before.halt, reach))
+    else:
+        earlier = Earlier(before.digest, before.signed) if before else None
+        made = Pointer(channel, name, digest_bytes(index), signed, earlier, _halt(None, reach))
     _sign(signing, made, index)
     return made
 
@@ -183,6 +209,34 @@ def go_back(signing: Signing, repository: Repository, channel: str, name: str, v
     return point(signing, repository, channel, name, version)
 
 
+def abort(signing: Signing, repository: Repository, channel: str, name: str) -> Pointer:
+    """End a rollout for good: devices that took the release go back; `Signing.publish` makes it known.
+
+    For all others it is as if the release had never been announced: what was said of the one before holds again.
+
+    Args:
+        signing: The fleet's metadata.
+        repository: Where the releases are.
+        channel: Which.
+        name: Of the model.
+
+    Raises:
+        UsageError: The channel points to nothing, or pointed to nothing before.
+        NotInRegistry: The release before is not there any more.
+    """
+    found = pointer(signing, channel, name)
+    if found.earlier is None:
+        raise UsageError(
+            f"{channel}/{name} has no release before {found.signed.version} that devices could go back to",
+            hint=f"cnncc fleet pause {name} stops the rollout; cnncc fleet rollback {name} --to VERSION",
+        )
+    sequence = found.signed.sequence
+    signed = msgspec.structs.replace(found.earlier.signed, sequence=sequence + 1, undoes=sequence)
+    made = Pointer(channel, name, found.earlier.digest, signed, aborted=found.signed.version)
+    _sign(signing, made, repository.manifest(made.digest))
+    return made
+
+
 def _reached(signed: Signed, reach: Reach) -> Signed:
     changes: dict[str, Any] = {}
     if reach.percent is not None:
@@ -220,5 +274,5 @@ def _own(custom: Mapping[str, Any]) -> _Own:
 
 
 def _sign(signing: Signing, made: Pointer, index: bytes) -> None:
-    own = msgspec.to_builtins(_Own(made.before, made.halt))
+    own = msgspec.to_builtins(_Own(made.earlier, made.halt, made.aborted))
     signing.release(made.channel, made.name, index, {**msgspec.to_builtins(made.signed), **own})

@@ -38,10 +38,11 @@ from tuf.api.metadata import (
 
 from cnncc.fleet.ceremony import Proposal, sign_metadata
 from cnncc.fleet.keys import Keys
+from cnncc.fleet.lock import TIMESTAMP, Turn, store_changes, timestamp_of
 from cnncc.fleet.provenance import PROVENANCE, Attester
 from cnncc.fleet.signers import read_public
 from cnncc_runtime.errors import NotInRegistry, UsageError, VerificationFailed
-from cnncc_runtime.metadata import fetch_metadata, store_metadata
+from cnncc_runtime.metadata import fetch_metadata
 from cnncc_runtime.oci.registry import Repository
 
 CHANNELS = ("stable", "canary")
@@ -101,6 +102,7 @@ class Signing:
     _published: tuple[Metadata[Root], ...] = field(default=(), repr=False)
     _agreed: bool = field(default=False, repr=False)
     _first: bool = field(default=False, repr=False)
+    _before: bytes | None = field(default=None, repr=False)
 
     def begin(self, channels: tuple[str, ...] = CHANNELS) -> bytes:
         """Make a new fleet's keys and metadata; return the root that devices are enrolled with. `publish` comes next.
@@ -136,6 +138,7 @@ class Signing:
         self._roles[Timestamp.type] = Metadata(Timestamp(expires=self._expiry(Timestamp.type)))
         self._changed = dict.fromkeys((Root.type, Targets.type, *delegated))
         self._first = True
+        self._before = None
         self._sign(Root.type)
         self.anchor = self.root_bytes
         return self.anchor
@@ -322,7 +325,7 @@ class Signing:
                 f"{' and '.join(other) or 'nothing'} would change without the root",
                 hint="others sign a root alone; leave the file out to sign the rest here",
             )
-        self._next(Root.type, first=False)
+        self._next(Root.type, 0, first=False)
         new.signatures.clear()
         for root in (before, new.signed):
             for signer in self.keys.signers(Root.type, _keys(root, Root.type)):
@@ -374,14 +377,19 @@ class Signing:
                     raise UsageError(f"root {new.signed.version} is published already")
             self._load(roots)
 
-    def publish(self) -> None:
+    def publish(self, turn: Turn | None = None) -> None:
         """Sign what was changed and publish it; the timestamp, which makes it visible, comes last.
+
+        Args:
+            turn: The lock on the fleet (`cnncc.fleet.lock`); None where nobody else can be at work.
 
         Raises:
             UsageError: Keys of a role are missing here.
+            FleetBusy: Somebody else changed the fleet meanwhile.
             NetworkFailed: It was not published; devices are where they were.
         """
         first = self._first
+        number = turn.number if turn is not None else 0
         before = self._published[-1].signed if self._published else None
         changed = [*self._changed]
         snapshot: Snapshot = self._roles[Snapshot.type].signed
@@ -389,14 +397,14 @@ class Signing:
         listed = [role for role in changed if role not in (Root.type, Snapshot.type, Timestamp.type)]
         if listed or first or Snapshot.type in changed:
             for role in listed:
-                self._next(role, first=first)
+                self._next(role, number, first=first)
                 snapshot.meta[f"{role}.json"] = MetaFile(self._roles[role].signed.version)
-            self._next(Snapshot.type, first=first)
+            self._next(Snapshot.type, number, first=first)
             timestamp.snapshot_meta = MetaFile(snapshot.version)
         ready = first or self._agreed  # devices are enrolled with the first one, and holders signed what they agreed to
         if Root.type in changed and not ready:
-            self._next(Root.type, first=False)
-        self._next(Timestamp.type, first=first)
+            self._next(Root.type, 0, first=False)
+        self._next(Timestamp.type, number, first=first)
         files: dict[str, bytes] = {}
         for role in listed:
             files[f"{self._roles[role].signed.version}.{role}.json"] = self._sign(role)
@@ -404,18 +412,21 @@ class Signing:
             files[f"{snapshot.version}.snapshot.json"] = self._sign(Snapshot.type)
         if Root.type in changed:  # late: between it and the timestamp, devices may believe neither
             files[f"{self.root.version}.root.json"] = self.root_bytes if ready else self._sign(Root.type, before)
-        files["timestamp.json"] = self._sign(Timestamp.type)
-        for name, data in files.items():
-            store_metadata(self.repository, name, data)
+        files[TIMESTAMP] = self._sign(Timestamp.type)
+        store_changes(self.repository, files, self._before, turn)
+        self._before = files[TIMESTAMP]
         if Root.type in changed:
             self._published = (*self._published, Metadata.from_bytes(self.root_bytes))
         self._first = self._agreed = False
         self._changed.clear()
 
-    def _next(self, role: str, *, first: bool) -> None:
+    def _next(self, role: str, turn: int, *, first: bool) -> None:
         signed: Signed = self._roles[role].signed
         if not first:
-            signed.version += 1
+            signed.version = max(signed.version + 1, turn)
+            # what a publisher left that died before its timestamp stays what it is; roots are fetched one by one
+            while role not in (Root.type, Timestamp.type) and self.repository.has(f"{signed.version}.{role}.json"):
+                signed.version += 1
         signed.expires = self._expiry(role)
         if role == Timestamp.type:
             signed.unrecognized_fields["issued"] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -499,7 +510,8 @@ class Signing:
         self._published = roots
         root = Metadata[Root].from_bytes(roots[-1].to_bytes())  # which is changed; what is published stays
         self._roles = {Root.type: root}
-        timestamp = self._fetch(Timestamp, "timestamp.json", root, Timestamp.type)
+        self._before = timestamp_of(self.repository)
+        timestamp = self._fetch(Timestamp, TIMESTAMP, root, Timestamp.type)
         snapshot = self._fetch(Snapshot, f"{timestamp.snapshot_meta.version}.snapshot.json", root, Snapshot.type)
         versions = {name.removesuffix(".json"): meta.version for name, meta in snapshot.meta.items()}
         targets = self._fetch(Targets, f"{versions[Targets.type]}.targets.json", root, Targets.type)

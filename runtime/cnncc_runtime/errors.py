@@ -22,6 +22,7 @@
     │   ├── BuildFailed
     │   └── RunFailed
     ├── NetworkFailed           exit 20  a registry could not be reached, or broke
+    │   ├── FleetBusy                    somebody else changes the fleet now
     │   └── RegistryRefused              it answered, with a refusal
     │       └── NotInRegistry
     ├── VerificationFailed      exit 30  what was fetched is not what was named or signed
@@ -158,6 +159,10 @@ class NetworkFailed(CnnccError):
     """A registry could not be reached, or broke while it answered; trying later may help."""
 
     exit_code = 20
+
+
+class FleetBusy(NetworkFailed):
+    """Somebody else changes the fleet's metadata now, or did so meanwhile; trying later helps."""
 
 
 class RegistryRefused(NetworkFailed):

@@ -80,9 +80,18 @@ def test_a_paused_release_is_taken_by_nobody() -> None:
     assert why_not(Signed("1", 1, paused=True), "x", PI) == "its rollout is paused"
 
 
+def test_an_abort_is_for_those_who_had_what_it_undoes_and_else_for_those_it_was_for_before() -> None:
+    signed = Signed("1", 5, share=0, selector="machine=none", paused=True, undoes=4)
+    assert [why_not(signed, "x", PI, had) for had in (0, 3)] == ["its rollout is paused"] * 2
+    assert why_not(signed, "x", PI, 4) == ""
+    assert why_not(Signed("1", 5, paused=True), "x", PI, 4) == "its rollout is paused"
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"undoes": 1},
+        {"undoes": -1},
         {"sequence": 0},
         {"sequence": "1"},
         {"sequence": None},

@@ -20,6 +20,8 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 import cnncc_runtime
 from cnncc.cli.fleet_options import PASSPHRASE, PIN, passphrase
+from cnncc.fleet.home import open_fleet
+from cnncc.fleet.lock import Holder
 from cnncc.fleet.signers import TOKEN
 from cnncc_runtime.agent.cli import cli as agent
 from cnncc_runtime.agent.reports import FAILED, INSTALLED, Report, Spool
@@ -108,12 +110,26 @@ def test_from_a_compiled_bundle_to_a_device_that_runs_it(
         ("stable", "1.1.0", "1.0.0"),
         ("canary", "1.0.0", ""),
     }
+    assert "1.0.0, 100 %; 1.1.0 was aborted" in call("fleet", "abort", "digits").stdout
+    assert "✓ runs release 1.0.0" in device(lab, "once")
+    assert "1.1.0 aborted" in call("fleet", "status", "digits").stdout
+    call("fleet", "promote", "digits@1.1.0", "--to", "stable")
+    assert "✓ runs release 1.1.0" in device(lab, "once")
     call("fleet", "rollback", "digits")
     assert "✓ runs release 1.0.0" in device(lab, "once")
 
     call("fleet", "promote", "digits@1.1.0", "--to", "stable")
     archive = tmp_path / "release.tar"
     assert "1 engines" in call("fleet", "export", "digits", "-o", archive).stdout
+    assert "no channel points to" in call("fleet", "export", "digits@9", "-o", tmp_path / "no.tar", code=2).stderr
+    call("fleet", "export", "digits@1.1.0", "--evidence", "-o", tmp_path / "all.tar")
+    with registries.registry(tmp_path / "site") as site:
+        there = ("--registry", site.url, "--root", root)
+        assert "has 1.1.0 for stable" in call("fleet", "import", tmp_path / "all.tar", *there).stdout
+        device(tmp_path / "far", "enroll", *there, "--name", "digits", "--device", "far-1")
+        assert "✓ runs release 1.1.0" in device(tmp_path / "far", "once")
+        refused = call("fleet", "import", tmp_path / "none.tar", *there, code=3)
+        assert "none.tar" in refused.stderr
     registry.process.kill()
     registry.process.wait()
     assert "✓ runs release 1.1.0" in device(lab, "install", archive)
@@ -131,6 +147,11 @@ def test_keys_are_shown_rotated_and_signed_again(registry: Registry, home: Path)
     assert again["timestamp"]["version"] == roles["timestamp"]["version"] + 2
     for path in sorted((home / "digits").glob("root-*.pem"))[:2]:
         path.rename(path.with_suffix(".away"))
+    open_fleet("digits", lambda role: role).lock._write(Holder("a" * 32, "ada@lab", 0, 1 << 35, 9))
+    refused = call("fleet", "trust", "refresh", "digits", code=20)
+    assert "is being changed by ada@lab, since 1970-01-01 00:00:00 UTC" in refused.stderr
+    assert "the lock was held by ada@lab" in call("fleet", "trust", "unlock", "digits").stdout
+    assert "nobody held the lock" in call("fleet", "trust", "unlock", "digits").stdout
     refused = call("fleet", "trust", "rotate", "digits", "root", code=2)
     assert "root needs 2 keys to sign, 1 of its 3 are here" in refused.stderr
     assert "-o FILE" in refused.stderr
@@ -252,6 +273,7 @@ def test_what_cannot_be_is_refused(
     assert "has no release" in call("fleet", "pause", "digits", code=2).stderr
     call("fleet", "promote", "digits@1.0.0", "--to", "stable")
     assert "nothing else" in call("fleet", "rollback", "digits", code=2).stderr
+    assert "no release before 1.0.0" in call("fleet", "abort", "digits", code=2).stderr
     wrong = call("fleet", "promote", "digits@1.0.0", "--to", "stable", "--selector", "sm >", code=2)
     assert "not by the rules" in wrong.stderr
     monkeypatch.setenv(PASSPHRASE, "wrong")

@@ -23,9 +23,8 @@ __all__ = ["engine", "fleet", "own"]
 
 def export(fleet: Fleet, path: Path) -> Path:
     registry = fleet.registry
-    export_release(
-        registry.repository(fleet.name), registry.repository(f"{fleet.name}/tuf"), "stable", fleet.name, path
-    )
+    releases, metadata = registry.repository(fleet.name), registry.repository(f"{fleet.name}/tuf")
+    export_release(releases, metadata, fleet.name, path, channel="stable")
     return path
 
 

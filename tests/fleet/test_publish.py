@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -165,6 +166,25 @@ def test_a_publisher_that_dies_leaves_no_half_release(registry: Registry, bundle
         publish(check_bundles(bundles), repository, "1")
     assert not registry.repository(f"dies{step}").has("1")
     assert len(put(registry.repository(f"dies{step}"), bundles, "1").manifests) == 3
+
+
+def test_a_publisher_that_died_inside_a_large_file_goes_on_there(registry: Registry, tmp_path: Path) -> None:
+    checked = check_bundles([bundle(tmp_path, X86, engine=random.Random(3).randbytes(40 << 20))])
+    repository, sessions = registry.repository("large"), tmp_path / "uploads"
+    went: list[int] = []
+
+    def dying(name: str, came: int, size: int) -> None:
+        went.append(came)
+        if size == 40 << 20 and sum(went) > 30 << 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish(checked, repository, "1", sessions=sessions, progress=dying)
+    again = publish(checked, registry.repository("large"), "1", sessions=sessions)
+    whole = publish(checked, registry.repository("large-whole"), "1")
+    assert again.digest == whole.digest
+    assert sum(went) + again.sent == whole.sent
+    assert again.sent < 9 << 20
 
 
 def test_a_network_that_breaks_is_survived(registry: Registry, bundles: list[Path]) -> None:

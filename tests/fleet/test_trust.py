@@ -393,7 +393,7 @@ def test_a_publisher_that_dies_leaves_devices_where_they_were(
         left -= 1
         store_metadata(repository, name, data)
 
-    monkeypatch.setattr("cnncc.fleet.signing.store_metadata", store)
+    monkeypatch.setattr("cnncc.fleet.lock.store_metadata", store)
     if at < 3:
         with pytest.raises(KeyboardInterrupt):
             world.release("2")

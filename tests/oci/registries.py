@@ -156,6 +156,9 @@ class FaultProxy:
         upstream: The port.
         faults: In order.
         always: What every further connection gets; None for nothing.
+
+    Attributes:
+        went: Bytes that came from clients.
     """
 
     def __init__(self, upstream: int, *faults: Fault, always: Fault | None = None) -> None:
@@ -166,6 +169,7 @@ class FaultProxy:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=50)
         self.port: int = self._listener.getsockname()[1]
         self.connections = 0
+        self.went = 0
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> FaultProxy:
@@ -195,10 +199,10 @@ class FaultProxy:
                 _tear(client)
                 continue
             server = socket.create_connection(("127.0.0.1", self._upstream))
-            threading.Thread(target=self._pass, args=(client, server, None), daemon=True).start()
+            threading.Thread(target=self._pass, args=(client, server, None, True), daemon=True).start()
             threading.Thread(target=self._pass, args=(server, client, fault), daemon=True).start()
 
-    def _pass(self, source: socket.socket, sink: socket.socket, fault: Fault | None) -> None:
+    def _pass(self, source: socket.socket, sink: socket.socket, fault: Fault | None, up: bool = False) -> None:
         passed = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
@@ -214,6 +218,7 @@ class FaultProxy:
                         break
                 sink.sendall(data)
                 passed += len(data)
+                self.went += len(data) if up else 0
         for each in (source, sink):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

@@ -29,6 +29,8 @@ class Signed(msgspec.Struct, frozen=True):
         selector: Conditions that a device must meet, joined by commas.
         paused: Whether no further device takes it.
         slowdown: How long it may take, in percent of what the engine before it takes.
+        undoes: The sequence of a rollout that was aborted: devices that have had it go back to this release, whomever
+            else it is for; 0 for none.
     """
 
     version: str
@@ -39,6 +41,7 @@ class Signed(msgspec.Struct, frozen=True):
     selector: str = ""
     paused: bool = False
     slowdown: int = 200
+    undoes: int = 0
 
 
 def read_signed(custom: Mapping[str, Any]) -> Signed:
@@ -51,22 +54,25 @@ def read_signed(custom: Mapping[str, Any]) -> Signed:
         signed = msgspec.convert(dict(custom), Signed)
     except msgspec.ValidationError as exc:
         raise VerificationFailed(f"what is signed with the release is not by the rules: {exc}") from exc
-    if not 0 <= signed.share <= ALL or signed.sequence < 1 or signed.slowdown < 1:
+    if not 0 <= signed.share <= ALL or not 0 <= signed.undoes < signed.sequence or signed.slowdown < 1:
         raise VerificationFailed("what is signed with the release is not by the rules: numbers out of bounds")
     return signed
 
 
-def why_not(signed: Signed, device: str, hardware: Hardware) -> str:
+def why_not(signed: Signed, device: str, hardware: Hardware, had: int = 0) -> str:
     """Return why a release is not for a device yet, or an empty text.
 
     Args:
         signed: What is signed with it.
         device: The device's name.
         hardware: What it is.
+        had: The sequence of the release that the device took last; 0 for none.
 
     Raises:
         VerificationFailed: The selector is not by the rules.
     """
+    if 0 < signed.undoes <= had:
+        return ""
     if signed.paused:
         return "its rollout is paused"
     if signed.selector and not matches(signed.selector, facts_of(device, hardware)):

@@ -255,7 +255,7 @@ class Agent:
             if signed.sequence <= state.sequence:
                 return Outcome(False, state.good, signed.version, signed.sequence, "the device has had it")
             hardware = self.hardware(self.root, enrollment.profile)
-            if why := why_not(signed, enrollment.device, hardware):
+            if why := why_not(signed, enrollment.device, hardware, state.sequence):
                 return Outcome(False, state.good, signed.version, signed.sequence, why)
             manifest, slot = self._choose(releases, read_index(releases.manifest(announced.digest)), hardware)
             return self._update(disk, manifest, slot, signed, fetch)

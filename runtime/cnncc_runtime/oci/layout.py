@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cnncc_runtime.digests import digest_bytes
 from cnncc_runtime.errors import NotInRegistry, VerificationFailed
@@ -32,10 +33,12 @@ class Layout:
 
     Attributes:
         path: The archive.
+        entries: Of its index.
         names: Tag → digest.
     """
 
     path: Path
+    entries: tuple[Descriptor, ...]
     names: Mapping[str, str]
     _archive: tarfile.TarFile
     _blobs: Mapping[str, tarfile.TarInfo]
@@ -51,14 +54,14 @@ class Layout:
         with contextlib.ExitStack() as stack:
             try:
                 with storage_errors(path):
-                    archive = stack.enter_context(tarfile.open(path, "r:"))
+                    archive = stack.enter_context(tarfile.open(path, "r:", tarinfo=_Entry))
                 index, blobs = _entries(archive)
                 entries = read_index(index).manifests
             except (tarfile.TarError, EOFError, ValueError) as exc:
                 raise VerificationFailed(f"{path} is no release in a tar archive: {exc}", hint=_HINT) from exc
             stack.pop_all()
         names = {entry.annotations[REF]: entry.digest for entry in entries if REF in entry.annotations}
-        return cls(path, names, archive, blobs)
+        return cls(path, entries, names, archive, blobs)
 
     def __enter__(self) -> Layout:
         """Return it."""
@@ -91,23 +94,48 @@ class Layout:
             VerificationFailed: Its bytes are others; the file is gone.
             StorageFailed: The file cannot be written.
         """
+        with storage_errors(target):
+            try:
+                with target.open("wb") as file:
+                    for piece in self._pieces(blob):
+                        file.write(piece)
+                sync(target)
+            except (NotInRegistry, VerificationFailed):
+                target.unlink()
+                raise
+
+    def check(self, blob: Descriptor) -> None:
+        """See that a blob is there, whole.
+
+        Raises:
+            NotInRegistry: There is none.
+            VerificationFailed: Its bytes are others.
+        """
+        with storage_errors(self.path):
+            for _ in self._pieces(blob):
+                pass
+
+    def _pieces(self, blob: Descriptor) -> Iterator[bytes]:
+        """Yield a blob's bytes; it ends well only where they are its own."""
         member = self._blobs.get(blob.digest)
         if member is None:
             raise NotInRegistry(f"{self.path} holds no {blob.digest}")
+        source = self._archive.extractfile(member)
+        assert source is not None
         hasher = hashlib.sha256()
-        with storage_errors(target), target.open("wb") as file:
-            source = self._archive.extractfile(member)
-            assert source is not None
-            left = blob.size
-            while left and (piece := source.read(min(_PIECE, left))):
-                hasher.update(piece)
-                file.write(piece)
-                left -= len(piece)
-        with storage_errors(target):
-            sync(target)
-            if f"sha256:{hasher.hexdigest()}" != blob.digest:
-                target.unlink()
-                raise VerificationFailed(f"{self.path} holds other bytes for {blob.digest}", hint="copy it again")
+        left = blob.size
+        while left:
+            try:
+                piece = source.read(min(_PIECE, left))
+            except tarfile.ReadError:
+                piece = b""
+            if not piece:
+                break
+            hasher.update(piece)
+            yield piece
+            left -= len(piece)
+        if left or f"sha256:{hasher.hexdigest()}" != blob.digest:
+            raise VerificationFailed(f"{self.path} holds other bytes for {blob.digest}", hint="copy it again")
 
     def _checked(self, digest: str, member: tarfile.TarInfo, most: int) -> bytes:
         if member.size > most:
@@ -142,6 +170,20 @@ class Part:
     def small_blob(self, blob: Descriptor, *, most: int) -> bytes:
         """See `Layout.small_blob`."""
         return self.layout.small_blob(blob, most=most)
+
+
+class _Entry(tarfile.TarInfo):
+    """An entry whose own description is small: `tarfile` reads that into memory, however long it says it is."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type in _DESCRIPTIONS and self.size > LARGEST_MANIFEST:
+            raise ValueError(f"a description of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]  # which is meant to be extended, as its source says
+
+
+_DESCRIPTIONS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 _HINT = "`cnncc fleet export` makes one"

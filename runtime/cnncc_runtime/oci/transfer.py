@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import requests
 
 from cnncc_runtime.digests import digest_bytes, digest_file
 from cnncc_runtime.errors import NetworkFailed, RegistryRefused, VerificationFailed
-from cnncc_runtime.files import storage_errors, sync
+from cnncc_runtime.files import atomic_file, storage_errors, sync
 from cnncc_runtime.oci.formats import Descriptor
 from cnncc_runtime.oci.http import pieces
 from cnncc_runtime.oci.registry import Repository
@@ -29,6 +30,8 @@ _LONGEST_WAIT = 60.0
 _WINDOW = 60.0
 _SLOWEST = 1024
 """Bytes a second, over `_WINDOW`: what is slower will not end."""
+_FORGOTTEN = 7 * 86400.0
+"""Seconds after which registries have forgotten an upload."""
 
 Progress = Callable[[int], None]
 """Told of bytes that came or went since it was last told."""
@@ -181,14 +184,23 @@ class _Limit:
 
 
 def upload(
-    repository: Repository, source: Path | bytes, blob: Descriptor, *, progress: Progress = lambda _: None
+    repository: Repository,
+    source: Path | bytes,
+    blob: Descriptor,
+    *,
+    sessions: Path | None = None,
+    progress: Progress = lambda _: None,
 ) -> bool:
     """Store a blob, unless it is there.
+
+    With ``sessions``, what a process sent that died is not sent again, up to the last part that the registry confirmed,
+    where the registry still knows of it.
 
     Args:
         repository: Where.
         source: Its bytes, or the file that holds them.
         blob: What it is.
+        sessions: A folder that says how far uploads of large blobs are.
         progress: Told of bytes.
 
     Returns:
@@ -197,6 +209,7 @@ def upload(
     Raises:
         VerificationFailed: The source holds other bytes than it is said to.
         NetworkFailed: It was not stored.
+        StorageFailed: The folder cannot be written.
     """
     if repository.has_blob(blob.digest):
         return False
@@ -204,7 +217,7 @@ def upload(
     connection = repository.connection
     for attempt in range(1, connection.attempts + 1):
         try:
-            _Upload(repository, source, blob, progress).run()
+            _Upload(repository, source, blob, progress, _Session(sessions, repository, blob)).run()
         except RegistryRefused:
             raise
         except NetworkFailed:
@@ -226,37 +239,127 @@ def _check(source: Path | bytes, blob: Descriptor) -> None:
         raise VerificationFailed(f"{source if isinstance(source, Path) else 'a blob'} was changed: it is {found}")
 
 
-class _Upload:
-    """One upload session: begun, continued part by part, finished by the digest."""
+class _Kept(msgspec.Struct):
+    """An upload session that a registry may still know.
 
-    def __init__(self, repository: Repository, source: Path | bytes, blob: Descriptor, progress: Progress) -> None:
+    Attributes:
+        location: Where it goes on.
+        sent: Bytes that the registry confirmed.
+        part: Bytes of a request, as many as the registry wants at least.
+    """
+
+    location: str
+    sent: int
+    part: int
+
+
+class _Session:
+    """What is kept of the upload of a blob to a repository; nothing without a folder."""
+
+    def __init__(self, folder: Path | None, repository: Repository, blob: Descriptor) -> None:
+        name = digest_bytes(f"{repository.place.url}@{blob.digest}".encode())[7:]
+        self._path = folder / f"{name}.json" if folder is not None else None
+
+    def read(self) -> _Kept | None:
+        """Return what is kept; what is damaged counts as nothing."""
+        if self._path is None:
+            return None
+        with storage_errors(self._path):
+            if not self._path.exists():
+                return None
+            data = self._path.read_bytes()
+        try:
+            return msgspec.json.decode(data, type=_Kept)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+
+    def keep(self, kept: _Kept) -> None:
+        """Keep how far it is, and sweep what registries have forgotten by now."""
+        if self._path is None:
+            return
+        with storage_errors(self._path):
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for old in self._path.parent.glob("*.json"):
+                if time.time() - old.stat().st_mtime > _FORGOTTEN:
+                    old.unlink(missing_ok=True)
+        with atomic_file(self._path) as path:
+            path.write_bytes(msgspec.json.encode(kept))
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        if self._path is not None:
+            with storage_errors(self._path):
+                self._path.unlink(missing_ok=True)
+
+
+class _Upload:
+    """One upload session: begun or found again, continued part by part, finished by the digest."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        source: Path | bytes,
+        blob: Descriptor,
+        progress: Progress,
+        session: _Session,
+    ) -> None:
         self._repository = repository
         self._source = source
         self._blob = blob
         self._progress = progress
+        self._session = session
         self._location = ""
+        self._part = _PART
 
     def run(self) -> None:
-        """Send all of it."""
-        smallest = self._begin()
-        part = max(_PART, smallest)
-        if self._blob.size <= part:
+        """Send all of it, or what is left of it."""
+        if have := self._resume():
+            try:
+                self._parts(have)
+                return
+            except RegistryRefused:  # it promised more than it keeps
+                self._session.forget()
+        self._all()
+
+    def _all(self) -> None:
+        self._part = max(_PART, self._begin())
+        if self._blob.size <= self._part:
             self._whole()
             return
-        sent = 0
+        piece = self._piece(0)
+        try:
+            reached = self._patch(0, piece)
+        except RegistryRefused:
+            self._begin()  # some take a blob in one request only
+            self._whole()
+            return
+        self._progress(reached)
+        self._parts(reached)
+
+    def _parts(self, sent: int) -> None:
+        """Send what is left, and finish."""
         while sent < self._blob.size:
-            piece = self._piece(sent, part)
-            try:
-                reached = self._patch(sent, piece)
-            except RegistryRefused:
-                if sent:
-                    raise
-                self._begin()  # some take a blob in one request only
-                self._whole()
-                return
+            reached = self._patch(sent, self._piece(sent))
             self._progress(reached - sent)
             sent = reached
         self._finish(b"")
+        self._session.forget()
+
+    def _resume(self) -> int:
+        """Find a session of a process that died; return how many bytes the registry has, 0 where it knows of none."""
+        kept = self._session.read()
+        if kept is None:
+            return 0
+        try:
+            self._location = self._repository.on_registry(kept.location)
+            reached = self._ask_reached()
+        except RegistryRefused:
+            reached = 0
+        if 0 < reached == kept.sent <= self._blob.size and kept.part >= _PART:
+            self._part = kept.part
+            return reached
+        self._session.forget()
+        return 0
 
     def _begin(self) -> int:
         """Open a session; return the fewest bytes that a part must have."""
@@ -273,7 +376,8 @@ class _Upload:
         try:
             with self._ask("PATCH", self._location, good=202, headers=headers, body=lambda: piece) as answer:
                 self._follow(answer)
-                return end
+            self._session.keep(_Kept(self._location, end, self._part))
+            return end
         except RegistryRefused:
             raise
         except NetworkFailed:
@@ -285,11 +389,14 @@ class _Upload:
     def _reached(self) -> int:
         """Ask how much of it the registry has; −1 where it does not know."""
         try:
-            with self._ask("GET", self._location, good=204, again=True) as answer:
-                said = _SENT.fullmatch(answer.headers.get("Range", ""))
-                self._follow(answer)
+            return self._ask_reached()
         except NetworkFailed:
             return -1
+
+    def _ask_reached(self) -> int:
+        with self._ask("GET", self._location, good=204, again=True) as answer:
+            said = _SENT.fullmatch(answer.headers.get("Range", ""))
+            self._follow(answer)
         # a session without a byte says 0-0, as one with a byte does; parts are larger than a byte
         return int(said[1]) + 1 if said and said[1] != "0" else 0
 
@@ -308,12 +415,12 @@ class _Upload:
         with self._ask("PUT", url, good=201, headers=headers, body=lambda: body):
             pass
 
-    def _piece(self, start: int, size: int) -> bytes:
+    def _piece(self, start: int) -> bytes:
         if isinstance(self._source, bytes):
-            return self._source[start : start + size]
+            return self._source[start : start + self._part]
         with self._source.open("rb") as file:
             file.seek(start)
-            return file.read(size)
+            return file.read(self._part)
 
     def _follow(self, answer: requests.Response) -> None:
         if location := answer.headers.get("Location", ""):
