@@ -189,7 +189,7 @@ def test_a_publisher_that_dies_publishes_it_again(
         store_metadata(repository, name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cnncc.fleet.signing.store_metadata", store)
+        patch.setattr("cnncc.fleet.lock.store_metadata", store)
         world.publisher.agree(proposal)
         with pytest.raises(KeyboardInterrupt):
             world.publisher.publish()
