@@ -166,6 +166,8 @@ class FaultProxy:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=50)
         self.port: int = self._listener.getsockname()[1]
         self.connections = 0
+        self.passed = 0
+        """Bytes, both ways."""
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> FaultProxy:
@@ -202,6 +204,7 @@ class FaultProxy:
         passed = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                self.passed += len(data)
                 if fault is not None and passed + len(data) > fault.at:
                     at = max(0, fault.at - passed)
                     if fault.kind == "flip":

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     Engine,
     Float,
@@ -52,6 +53,8 @@ _reports = Table(
     Column("message", Text, nullable=False),
     Column("machine", String(32), nullable=False),
     Column("agent", String(32), nullable=False),
+    Column("fetched", BigInteger, nullable=False),
+    Column("deltas", Integer, nullable=False),
 )
 _tokens = Table(
     "tokens",

@@ -73,7 +73,7 @@ def cli(ctx: click.Context, folder: Path) -> None:
 
     Applications load FOLDER/state/current/bundle.cnncc.
     """
-    ctx.obj = Agent(folder)
+    ctx.obj = Agent(folder, note=lambda text: click.echo(f"! {text}", err=True))
 
 
 def _json(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,7 +238,7 @@ def _poll(agent: Agent, work: Callable[[], Outcome]) -> Outcome:
     try:
         outcome = work()
         if outcome.changed:
-            _report(agent, outcome, INSTALLED)
+            _report(agent, outcome, INSTALLED, ("", "; ".join(outcome.notes)[:500]))
         return outcome
     except HealthCheckFailed as exc:
         state, signed = activation.read_state(agent.disk()), agent.release
@@ -254,6 +254,7 @@ def _report(agent: Agent, outcome: Outcome, what: str, error: tuple[str, str] = 
     report = Report(
         enrollment.device, enrollment.name, enrollment.channel, what, outcome.version, outcome.sequence, outcome.slot,
         time.time(), outcome.latency, *error, host_machine(),
+        fetched=agent.traffic.fetched, deltas=agent.traffic.deltas,
     )  # fmt: skip
     Spool(agent.root / "reports").add(report)
 
@@ -283,7 +284,9 @@ def _text(outcome: Outcome) -> str:
     if not outcome.changed:
         return f"= {outcome.why}{f' (release {outcome.version})' if outcome.version else ''}"
     took = f", {outcome.latency * 1e3:.2f} ms" if outcome.latency else ""
-    return f"✓ runs release {outcome.version}, {_short(outcome.slot)}{took}"
+    how = ", with deltas" if outcome.deltas else ""
+    came = f", {outcome.fetched / 1e6:.1f} MB fetched{how}" if outcome.fetched else ""
+    return f"✓ runs release {outcome.version}, {_short(outcome.slot)}{took}{came}"
 
 
 def _short(slot: str) -> str:
