@@ -243,6 +243,28 @@ def import_(render: Render, *, archive: Path, registry: str, root: Path, name: s
     render.result(document, lambda: render.line(f"{releases.place}  has {what}; {size_text(made.sent)} sent"))
 
 
+@command.command(name="delta")
+@click.argument("release", metavar="NAME@VERSION")
+@click.option(
+    "--from", "bases", multiple=True, required=True, metavar="VERSION", help="What devices have; may be repeated."
+)
+@common
+def delta(render: Render, *, release: str, bases: tuple[str, ...]) -> None:
+    """Make deltas to a release, so that devices with an older one fetch less.
+
+    `cnncc publish` makes those from the releases that channels point to. Each is applied before it is stored, and is
+    kept only where it is smaller than 60 % of the file. Devices check what comes of it, and fetch the whole file where
+    anything is wrong.
+    """
+    from cnncc.cli.fleet_deltas import check_bases, make_deltas
+
+    name, version = name_and_version(release)
+    fleet = open_named(name)
+    check_bases(fleet, (version, *bases))
+    made, lines = make_deltas(render, fleet, version, {base: base for base in bases}, {}, asked=True)
+    render.result({"name": name, "version": version, "deltas": made}, lambda: render.line("\n".join(lines)))
+
+
 _COLLECTOR = click.option("--collector", required=True, help="https://HOST, where `cnncc fleet serve` runs.")
 _TOKEN = click.option(
     "--token", envvar="CNNCC_FLEET_TOKEN", required=True, help="Of a viewer.  [default: $CNNCC_FLEET_TOKEN]"

@@ -26,6 +26,13 @@ from cnncc_runtime.errors import UsageError
     metavar="BUNDLE",
     help="Publish this one although its parity is not passed; who did so is noted in it.",
 )
+@click.option(
+    "--delta-from",
+    multiple=True,
+    metavar="VERSION",
+    help="Make deltas from this release for devices that have it.  [default: from those that channels point to]",
+)
+@click.option("--no-delta", is_flag=True, help="Make none: devices fetch whole files.")
 @click.option("--dry-run", is_flag=True, help="Check everything, send nothing.")
 @common
 def command(
@@ -36,6 +43,8 @@ def command(
     version: str,
     channel: str | None,
     unproven: tuple[str, ...],
+    delta_from: tuple[str, ...],
+    no_delta: bool,
     dry_run: bool,
     **given: Any,
 ) -> None:
@@ -45,10 +54,13 @@ def command(
     already is not sent again, so a publisher that was interrupted begins again where it was: of a large file at the
     last part (16 MiB) that the registry confirmed, where it still knows of it.
 
+    Devices that have an older release fetch deltas, which are made here and applied once before they are stored.
+
     A bill of materials and a provenance, signed by the fleet's key for that, are attached to each engine; `cnncc fleet
     show` verifies them. Publishing a release again attaches what is missing, and signs anew what was signed by keys
     that were rotated since.
     """
+    from cnncc.cli.fleet_deltas import check_bases, make_deltas, pointed_to
     from cnncc.fleet.publish import check_bundles, publish
     from cnncc.fleet.rollout import Reach, point
 
@@ -58,7 +70,10 @@ def command(
     allowed = dict.fromkeys((Path(each).name for each in unproven), getpass.getuser())
     if unknown := allowed.keys() - {path.name for path in bundles}:
         raise UsageError(f"--unproven names bundles that are not published: {', '.join(sorted(unknown))}")
+    if no_delta and delta_from:
+        raise UsageError("--no-delta makes none, --delta-from some", hint="give one of them")
     fleet = open_named(name)
+    check_bases(fleet, delta_from)
     checked = check_bundles(bundles, unproven=allowed)
     engines = [f"{bundle.manifest.target.device} {bundle.manifest.precision}" for bundle in checked]
     if dry_run:
@@ -96,6 +111,12 @@ def command(
     lines = [
         f"{name}@{version}  published to {fleet.releases.place}: {', '.join(engines)}; {size_text(made.sent)} sent",
     ]
+    if not no_delta:
+        # before a channel points to the release: devices that come at once would fetch it whole
+        bases = {base: base for base in delta_from} or pointed_to(fleet, made.digest)
+        local = {record.sha256: each.path / file for each in checked for file, record in each.manifest.files.items()}
+        document["deltas"], said = make_deltas(render, fleet, version, bases, local, asked=bool(delta_from))
+        lines += said
     if channel is None:
         lines.append(f"  no device takes it before `cnncc fleet promote {name}@{version} --to CHANNEL`")
     else:

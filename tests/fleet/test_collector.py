@@ -148,6 +148,8 @@ def test_who_has_no_token_neither_reports_nor_looks(collector: Running) -> None:
         (msgspec.json.encode(report(message="a\nb")), 422),
         (msgspec.json.encode(report(sequence=-1)), 422),
         (msgspec.json.encode(report(latency=-1.0)), 422),
+        (msgspec.json.encode(report(fetched=-1)), 422),
+        (msgspec.json.encode(report(deltas=1 << 40)), 422),
         (msgspec.json.encode(report(time=1e300)), 422),
     ],
 )

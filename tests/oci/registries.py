@@ -159,6 +159,7 @@ class FaultProxy:
 
     Attributes:
         went: Bytes that came from clients.
+        passed: Bytes, both ways.
     """
 
     def __init__(self, upstream: int, *faults: Fault, always: Fault | None = None) -> None:
@@ -170,6 +171,7 @@ class FaultProxy:
         self.port: int = self._listener.getsockname()[1]
         self.connections = 0
         self.went = 0
+        self.passed = 0
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> FaultProxy:
@@ -207,6 +209,7 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 self._count(data, source)
+                self.passed += len(data)
                 if fault is not None and passed + len(data) > fault.at:
                     at = max(0, fault.at - passed)
                     if fault.kind == "flip":

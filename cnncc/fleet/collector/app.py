@@ -154,6 +154,8 @@ def _problem(report: Report) -> str:
         return "device, name or sequence"
     if not (0 <= report.latency < 1e6 and 0 <= report.time < 1e12):
         return "latency or time"
+    if not (0 <= report.fetched < 1 << 62 and 0 <= report.deltas < 1 << 31):
+        return "fetched or deltas"
     return ""
 
 

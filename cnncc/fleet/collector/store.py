@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     Engine,
     Float,
@@ -57,6 +58,8 @@ _reports = Table(
     Column("message", Text, nullable=False),
     Column("machine", String(32), nullable=False),
     Column("agent", String(32), nullable=False),
+    Column("fetched", BigInteger, nullable=False),
+    Column("deltas", Integer, nullable=False),
     UniqueConstraint("device", "time", "outcome"),
 )
 _tokens = Table(

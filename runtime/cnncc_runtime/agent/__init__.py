@@ -3,6 +3,7 @@
 trust.py        what a registry's metadata (The Update Framework) says, and whether it may be believed
 clock.py        what time it is at least, whatever the clock says
 rollout.py      whether a release is for this device yet
+delta.py        files of a new engine, made from those of the one that is here
 slots.py        engines on the disk, each whole or not there
 activation.py   which of them runs: tried before it is trusted
 trial.py        a new engine's golden outputs and latency, in a process of its own

@@ -91,7 +91,7 @@ def cli(ctx: click.Context, folder: Path) -> None:
             f"{folder} belongs to another user, whose agent could not change what root leaves in it",
             hint=f"sudo -u '#{owner}' cnncc-agent …",
         )
-    ctx.obj = Agent(folder)
+    ctx.obj = Agent(folder, note=lambda text: click.echo(f"! {text}", err=True))
 
 
 def _json(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,7 +301,8 @@ def poll(agent: Agent, work: Callable[[], Outcome], command: str) -> Outcome:
         finally:  # work that failed may have finished before what a power cut interrupted
             problem = _tell_application(agent, command)
         if outcome.changed:
-            _report(agent, outcome, INSTALLED, problem)
+            told = "; ".join(outcome.notes)[:500]
+            _report(agent, outcome, INSTALLED, problem if problem[1] else ("", told))
         return outcome
     except HealthCheckFailed as exc:
         state, signed = activation.read_state(agent.disk()), agent.release
@@ -317,6 +318,7 @@ def _report(agent: Agent, outcome: Outcome, what: str, error: tuple[str, str] = 
     report = Report(
         enrollment.device, enrollment.name, enrollment.channel, what, outcome.version, outcome.sequence, outcome.slot,
         time.time(), outcome.latency, *error, host_machine(),
+        fetched=agent.traffic.fetched, deltas=agent.traffic.deltas,
     )  # fmt: skip
     try:
         Spool(agent.root / "reports").add(report)
@@ -360,7 +362,9 @@ def _text(outcome: Outcome) -> str:
     if not outcome.changed:
         return f"= {outcome.why}{f' (release {outcome.version})' if outcome.version else ''}"
     took = f", {outcome.latency * 1e3:.2f} ms" if outcome.latency else ""
-    return f"✓ runs release {outcome.version}, {_short(outcome.slot)}{took}"
+    how = ", with deltas" if outcome.deltas else ""
+    came = f", {outcome.fetched / 1e6:.1f} MB fetched{how}" if outcome.fetched else ""
+    return f"✓ runs release {outcome.version}, {_short(outcome.slot)}{took}{came}"
 
 
 def _short(slot: str) -> str:

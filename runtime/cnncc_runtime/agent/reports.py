@@ -42,9 +42,11 @@ class Report(msgspec.Struct, frozen=True):
         time: Seconds since 1970, UTC, by the device's clock.
         latency: Of the new engine, in seconds; 0 where it was not timed.
         error: The class of what went wrong; empty for nothing.
-        message: What went wrong, in a sentence.
+        message: What went wrong, in a sentence; of a new engine that runs, why it came by no delta where it could have.
         machine: ELF machine.
         agent: The agent's version.
+        fetched: Bytes of the engine that came over the network.
+        deltas: Files of it that were made by deltas.
     """
 
     device: str
@@ -60,6 +62,8 @@ class Report(msgspec.Struct, frozen=True):
     message: str = ""
     machine: str = ""
     agent: str = __version__
+    fetched: int = 0
+    deltas: int = 0
 
 
 @dataclass(frozen=True)

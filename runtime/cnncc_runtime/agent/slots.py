@@ -1,6 +1,7 @@
 """Engines on a device: blobs by digest, and slots, which are bundles made of them.
 
     incoming/HEX.part             what is being fetched
+    incoming/HEX.made             what is being made by a delta
     blobs/HEX                     whole, and verified
     slots/HEX/manifest.json       an engine's manifest in the registry; its digest names the slot
     slots/HEX/bundle.cnncc/NAME   the bundle: a hard link to each blob
@@ -56,6 +57,11 @@ def _is_plain(name: str) -> bool:
 def part_of(digest: str) -> str:
     """Return the file that a blob is fetched into."""
     return f"incoming/{hex_of(digest)}.part"
+
+
+def made_of(digest: str) -> str:
+    """Return the file in which a blob is made of another one."""
+    return f"incoming/{hex_of(digest)}.made"
 
 
 def has_blob(disk: Disk, digest: str) -> bool:
@@ -125,6 +131,18 @@ def is_whole(disk: Disk, slot: str) -> bool:
     return sorted(disk.list(folder)) == sorted(files) and all(
         disk.digest(f"{folder}/{name}") == digest for name, digest in files.items()
     )
+
+
+def file_in(disk: Disk, slot: str, digest: str) -> str | None:
+    """Return the file of a slot that should have a digest, which nobody has checked; None where there is none.
+
+    Raises:
+        VerificationFailed: The slot's manifest was damaged.
+        StorageFailed: The disk is broken.
+    """
+    data = disk.read(f"slots/{slot}/{_MANIFEST}")
+    files = files_of(read_manifest(data or b""))
+    return next((f"slots/{slot}/{BUNDLE}/{name}" for name, found in files.items() if found == digest), None)
 
 
 def collect(disk: Disk, keep: Iterable[str], wanted: Iterable[str] = ()) -> list[str]:

@@ -20,6 +20,7 @@ import msgspec
 
 from cnncc_runtime.agent import activation, slots
 from cnncc_runtime.agent.clock import Clock
+from cnncc_runtime.agent.delta import Deltas, Fetch
 from cnncc_runtime.agent.disk import RealDisk
 from cnncc_runtime.agent.rollout import Signed, read_signed, why_not
 from cnncc_runtime.agent.trial import Verdict, slower, try_engine
@@ -45,9 +46,6 @@ from cnncc_runtime.oci.registry import Repository
 from cnncc_runtime.oci.source import Source
 from cnncc_runtime.oci.transfer import Pace, Progress, download
 from cnncc_runtime.releases import Hardware, choose
-
-Fetch = Callable[[Descriptor, Path], None]
-"""Puts a blob into a file, which then holds it whole, is flushed to disk, and has its digest."""
 
 METADATA = "tuf"
 """The repository of a fleet's metadata, below that of its releases."""
@@ -94,6 +92,9 @@ class Outcome:
         sequence: Its place in the channel.
         why: Why nothing changed, where nothing did.
         latency: Of the engine on its trial, in seconds; 0 without one.
+        fetched: Bytes of the engine that came over the network.
+        deltas: Files of it that were made by deltas.
+        notes: What the user should know of how it came.
     """
 
     changed: bool
@@ -102,6 +103,18 @@ class Outcome:
     sequence: int = 0
     why: str = ""
     latency: float = 0.0
+    fetched: int = 0
+    deltas: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Traffic:
+    """How an engine came; see `Outcome`."""
+
+    fetched: int = 0
+    deltas: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def host_hardware(root: Path, profile: str = "") -> Hardware:
@@ -127,7 +140,9 @@ class Agent:
         pace: How fast it downloads, and when.
         connect: Makes a connection to a registry.
         progress: Told of bytes.
+        note: Told what the user should know of how an engine comes, as it happens.
         release: What is signed with the release that was looked at last.
+        traffic: How the engine came that was looked at last.
     """
 
     root: Path
@@ -137,7 +152,9 @@ class Agent:
     pace: Pace = field(default_factory=Pace)
     connect: Callable[[str, Path | None], Connection] = Connection
     progress: Progress = lambda _: None
+    note: Callable[[str], None] = lambda _: None
     release: Signed | None = field(default=None, init=False)
+    traffic: Traffic = field(default_factory=Traffic, init=False)
 
     def enroll(self, enrollment: Enrollment, root: bytes) -> None:
         """Make this device one of a fleet's.
@@ -197,11 +214,16 @@ class Agent:
         """
         enrollment = self.enrollment()
         repository, metadata = self._repositories(enrollment)
+        self.traffic = Traffic()
+
+        def told(came: int) -> None:
+            self.traffic.fetched += came
+            self.progress(came)
 
         def fetch(blob: Descriptor, part: Path) -> None:
-            download(repository, blob, part, pace=self.pace, progress=self.progress)
+            download(repository, blob, part, pace=self.pace, progress=told)
 
-        return self._bring(enrollment, repository, metadata, fetch)
+        return self._bring(enrollment, repository, metadata, fetch, repository)
 
     def install(self, archive: Path) -> Outcome:
         """Bring the device to the release in an archive, where there is no network; believed and tried as any other.
@@ -213,6 +235,7 @@ class Agent:
             As `once`.
         """
         enrollment = self.enrollment()
+        self.traffic = Traffic()
         with Layout.open(archive) as layout:
             return self._bring(enrollment, Part(layout), Part(layout, f"{METADATA}/"), layout.copy)
 
@@ -242,7 +265,14 @@ class Agent:
             disk = self.disk()
             return slots.collect(disk, activation.read_state(disk).needed)
 
-    def _bring(self, enrollment: Enrollment, releases: Source, metadata: Source, fetch: Fetch) -> Outcome:
+    def _bring(
+        self,
+        enrollment: Enrollment,
+        releases: Source,
+        metadata: Source,
+        fetch: Fetch,
+        deltas: Repository | None = None,
+    ) -> Outcome:
         with self._locked():
             disk = self.disk()
             state = activation.settle(disk, lambda slot: not self._trial(slot, None).problems)
@@ -258,18 +288,28 @@ class Agent:
             if why := why_not(signed, enrollment.device, hardware, state.sequence):
                 return Outcome(False, state.good, signed.version, signed.sequence, why)
             manifest, slot = self._choose(releases, read_index(releases.manifest(announced.digest)), hardware)
-            return self._update(disk, manifest, slot, signed, fetch)
+            made_of = Deltas(deltas, disk, state.good, fetch, self._note) if deltas is not None else None
+            return self._update(disk, manifest, slot, signed, fetch, made_of)
 
-    def _update(self, disk: RealDisk, manifest: bytes, slot: str, signed: Signed, fetch: Fetch) -> Outcome:
+    def _update(
+        self, disk: RealDisk, manifest: bytes, slot: str, signed: Signed, fetch: Fetch, deltas: Deltas | None
+    ) -> Outcome:
         before = activation.read_state(disk)
         if slot in before.bad:
             raise HealthCheckFailed(
                 f"the engine of release {signed.version} failed on this device before", where=[f"slots/{slot}"]
             )
-        for layer in read_manifest(manifest).layers:
-            if not slots.has_blob(disk, layer.digest):
-                fetch(layer, self.root / slots.part_of(layer.digest))
-                slots.admit(disk, layer.digest)
+        lacking = {
+            layer.digest: layer for layer in read_manifest(manifest).layers if not slots.has_blob(disk, layer.digest)
+        }
+        if deltas is not None:
+            deltas.look(slot, tuple(lacking.values()))
+        for digest, layer in lacking.items():
+            if deltas is not None and deltas.make(layer):
+                self.traffic.deltas += 1
+            else:
+                fetch(layer, self.root / slots.part_of(digest))
+            slots.admit(disk, digest)
         slots.stage(disk, manifest, slot)
         verdicts: list[Verdict] = []
 
@@ -287,7 +327,14 @@ class Agent:
                 where=[f"slots/{slot}"],
                 hint="the engine before it runs on" if state.good else "there was none before it",
             )
-        return Outcome(state.good != before.good, slot, signed.version, signed.sequence, "", verdicts[-1].latency)
+        return Outcome(
+            state.good != before.good, slot, signed.version, signed.sequence, "", verdicts[-1].latency,
+            self.traffic.fetched, self.traffic.deltas, tuple(self.traffic.notes),
+        )  # fmt: skip
+
+    def _note(self, text: str) -> None:
+        self.traffic.notes.append(text)
+        self.note(text)
 
     def _choose(self, source: Source, index: Index, hardware: Hardware) -> tuple[bytes, str]:
         """Return the manifest of the most specific engine that opens here, and its slot's name."""
