@@ -237,7 +237,7 @@ def _poll(agent: Agent, work: Callable[[], Outcome]) -> Outcome:
     """Do some work and report what came of it; reports that wait are sent, too."""
     try:
         outcome = work()
-        if outcome.changed:
+        if outcome.changed or outcome.latency:  # after a rollback, the engine that the device never left
             _report(agent, outcome, INSTALLED)
         return outcome
     except HealthCheckFailed as exc:

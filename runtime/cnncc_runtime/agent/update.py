@@ -287,7 +287,9 @@ class Agent:
                 where=[f"slots/{slot}"],
                 hint="the engine before it runs on" if state.good else "there was none before it",
             )
-        return Outcome(state.good != before.good, slot, signed.version, signed.sequence, "", verdicts[-1].latency)
+        changed = state.good != before.good
+        why = "" if changed else "the device runs that engine already"
+        return Outcome(changed, slot, signed.version, signed.sequence, why, verdicts[-1].latency)
 
     def _choose(self, source: Source, index: Index, hardware: Hardware) -> tuple[bytes, str]:
         """Return the manifest of the most specific engine that opens here, and its slot's name."""
