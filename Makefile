@@ -43,12 +43,13 @@ define debian
 fi
 endef
 
-.PHONY: help setup demo test test-gpu slow aarch64 arm-device fleet-tools service-tools cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+.PHONY: help setup demo fleet-demo test test-gpu slow aarch64 arm-device fleet-tools service-tools cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   .venv with cnncc, cnncc-runtime (editable) and all that tests need'
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
+	@echo 'make fleet-demo   a registry, releases and three devices: rollouts by percent, tampering, an engine that fails'
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
 	@echo 'make slow    what takes minutes: ResNet-18 for a Raspberry Pi 5 under QEMU, heavy architectures'
@@ -79,6 +80,9 @@ $(VENV)/.ready: pyproject.toml runtime/pyproject.toml Makefile
 
 demo: setup
 	$(BIN)/python examples/digits/demo.py
+
+fleet-demo: setup aarch64 fleet-tools arm-device
+	$(BIN)/python examples/fleet/demo.py
 
 # A file of tests is one worker's, so that what it makes for all of them is made once
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
