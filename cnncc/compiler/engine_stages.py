@@ -213,7 +213,7 @@ def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
         "batches": request.batches,
         "kernels": to_plain(request.kernels),
         "gpu": to_plain(request.gpu.lasting),
-        "runtime": [request.runtime, bundle_name(request.output) if request.runtime == AOT else ""],
+        "runtime": [request.runtime, bundle_name(request) if request.runtime == AOT else ""],
         "tools": {**tools(), **target.toolchain(), **job.preflight.toolchain},
     }
 
@@ -228,7 +228,7 @@ def build_options(request: CompileRequest) -> BuildOptions:
         precision=request.precision,
         float_type=request.float_type,
         runtime=request.runtime,
-        name=bundle_name(request.output),
+        name=bundle_name(request),
     )
 
 
@@ -476,7 +476,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
         options=[
             request.reference,
             request.keep_failed,
-            bundle_name(request.output),
+            bundle_name(request),
             variant.precision,
             variant.reference,
             payoff,
@@ -599,7 +599,7 @@ def _manifest(job: Job, variant: Variant, engine: Engine, inputs: _Inputs, parit
         model["program"] = export.digests["program.pt2"]
     return Manifest(
         schema=SCHEMA,
-        name=bundle_name(request.output),
+        name=bundle_name(request),
         model=model,
         target=engine.target,
         engine=engine.record,
@@ -623,6 +623,6 @@ def _runtime_toolchain(job: Job) -> dict[str, str]:
     return {"runtime compiler": job.runtime.compilers.version, "runtime glibc": job.runtime.glibc}
 
 
-def bundle_name(output: Path) -> str:
-    """Return the name a bundle gets from its folder: ``digits.cnncc`` → ``digits``."""
-    return output.name.removesuffix(".cnncc")
+def bundle_name(request: CompileRequest) -> str:
+    """Return the model's name: what is asked for, or that of the folder: ``digits.cnncc`` → ``digits``."""
+    return request.name or request.output.name.removesuffix(".cnncc")

@@ -108,7 +108,11 @@ def check_bundles(paths: Sequence[Path], *, unproven: Mapping[str, str] | None =
         for name in bundle.manifest.files:
             bundle.file(name)
     if len(names := {bundle.manifest.name for bundle in bundles}) > 1:
-        raise UsageError(f"a release is of one model, these are of {len(names)}", where=sorted(names))
+        raise UsageError(
+            f"a release is of one model, these are of {len(names)}",
+            where=sorted(names),
+            hint="engines of one `cnncc compile --device A --device B` are of one model",
+        )
     seen: dict[tuple[str, ...], Path] = {}
     for bundle in bundles:
         target = bundle.manifest.target

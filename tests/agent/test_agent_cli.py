@@ -153,6 +153,13 @@ def test_outcomes_are_reported_and_wait_for_somebody_who_hears_them(
     assert (report["outcome"], report["error"], report["sequence"]) == ("failed", "HealthCheckFailed", 2)
     assert report["version"] == "1.1.0"
     assert "output 'y'" in report["message"]
+    collector.heard.clear()
+    fleet.point("1.0.0")
+    assert "the device runs that engine already" in device("once", code=10)
+    [(_, report)] = collector.heard
+    assert (report["outcome"], report["version"], report["sequence"]) == ("installed", "1.0.0", 3)
+    device("once", code=10)
+    assert len(collector.heard) == 1
 
 
 def test_reports_wait_in_order_and_the_oldest_give_way(

@@ -300,7 +300,7 @@ def poll(agent: Agent, work: Callable[[], Outcome], command: str) -> Outcome:
             outcome = work()
         finally:  # work that failed may have finished before what a power cut interrupted
             problem = _tell_application(agent, command)
-        if outcome.changed:
+        if outcome.changed or outcome.latency:  # after a rollback, the engine that the device never left
             told = "; ".join(outcome.notes)[:500]
             _report(agent, outcome, INSTALLED, problem if problem[1] else ("", told))
         return outcome

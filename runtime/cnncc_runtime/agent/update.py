@@ -327,9 +327,10 @@ class Agent:
                 where=[f"slots/{slot}"],
                 hint="the engine before it runs on" if state.good else "there was none before it",
             )
+        changed = state.good != before.good
         return Outcome(
-            state.good != before.good, slot, signed.version, signed.sequence, "", verdicts[-1].latency,
-            self.traffic.fetched, self.traffic.deltas, tuple(self.traffic.notes),
+            changed, slot, signed.version, signed.sequence, "" if changed else "the device runs that engine already",
+            verdicts[-1].latency, self.traffic.fetched, self.traffic.deltas, tuple(self.traffic.notes),
         )  # fmt: skip
 
     def _note(self, text: str) -> None:
