@@ -29,7 +29,7 @@ LLVM_MCA := llvm-19
 # What a fleet is played with: a registry, another client of it, and a browser for the collector's page
 FLEET := docker-registry skopeo chromium
 # What the collector and the agent's unit are tested with beside that
-SERVICES := postgresql systemd
+SERVICES := postgresql softhsm2 systemd
 
 # $(call debian,PACKAGES,PURPOSE): brings Debian packages where that can be done, and else says which are missing
 define debian

@@ -32,7 +32,7 @@ from cnncc_runtime.oci.place import place_of
 from cnncc_runtime.oci.registry import Repository
 
 METADATA = "tuf"
-"""The repository of a fleet's metadata, below that of its releases: `cnncc_runtime.agent.update` looks there."""
+"""What the repository of a fleet's metadata is called, after the name of that of its releases and ``-``."""
 _FLEET, ROOT, _LOCK, UPLOADS = "fleet.json", "root.json", "lock", "uploads"
 
 Note = Callable[[str], None]
@@ -171,6 +171,8 @@ def begin_fleet(
     folder = folder or home() / name.replace("/", "_")
     if (folder / _FLEET).exists():
         raise UsageError(f"{folder} holds a fleet already", hint="choose another --name")
+    if name.endswith(f"-{METADATA}"):
+        raise UsageError(f"'{name}' is where the metadata of another fleet would lie", hint="choose another --name")
     with storage_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = _Record(registry, name, str(ca.resolve()) if ca else "")

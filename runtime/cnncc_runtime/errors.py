@@ -23,6 +23,7 @@
     │   └── RunFailed
     ├── NetworkFailed           exit 20  a registry could not be reached, or broke
     │   ├── FleetBusy                    somebody else changes the fleet now
+    │   ├── Paused                       it is not the time to download
     │   └── RegistryRefused              it answered, with a refusal
     │       └── NotInRegistry
     ├── VerificationFailed      exit 30  what was fetched is not what was named or signed

@@ -74,7 +74,7 @@ class Fleet:
 
     def __post_init__(self) -> None:
         keys = Keys(self.folder / "keys", lambda role: role)
-        self.signing = Signing(self.registry.repository(f"{self.name}/tuf"), keys)
+        self.signing = Signing(self.registry.repository(f"{self.name}-tuf"), keys)
         self.root = self.signing.begin()
         self.signing.publish()
 

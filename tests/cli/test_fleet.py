@@ -6,6 +6,8 @@ import contextlib
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -241,6 +243,31 @@ def test_a_release_is_shown_with_what_is_attached_to_it_once_that_is_verified(
     assert "no channel 'provenance'" in call("fleet", "promote", "digits@1.0.0", "--to", "provenance", code=2).stderr
     reserved = ("--registry", registry.url, "--name", "other", "--channels", "stable,provenance")
     assert "cannot be a channel" in call("fleet", "trust", "init", *reserved, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("tuf", ("fleet", "status", "digits"), "cnncc[fleet]"),
+        ("sqlalchemy", ("fleet", "token", "viewer", "me"), "cnncc[collector]"),
+    ],
+)
+def test_packages_of_an_extra_that_is_not_installed_are_named(
+    package: str, arguments: tuple[str, ...], extra: str, home: Path
+) -> None:
+    ends = f"import sys; sys.modules[{package!r}] = None; from cnncc.cli.main import main; main()"
+    asked = subprocess.run([sys.executable, "-c", ends, *arguments], capture_output=True, text=True, check=False)
+    assert asked.returncode == 3
+    assert f"pip install '{extra}'" in asked.stderr
+    helped = subprocess.run([sys.executable, "-c", ends, arguments[0], "--help"], capture_output=True, check=False)
+    assert helped.returncode == 0
+
+
+def test_an_agent_without_its_packages_says_what_to_install() -> None:
+    ends = "import sys; sys.modules['requests'] = None; from cnncc_runtime.agent.__main__ import main; main()"
+    asked = subprocess.run([sys.executable, "-c", ends, "status"], capture_output=True, text=True, check=False)
+    assert asked.returncode == 3
+    assert "pip install 'cnncc-runtime[fleet]'" in asked.stderr
 
 
 def test_what_cannot_be_is_refused(

@@ -51,13 +51,13 @@ class Site:
 
     @property
     def metadata(self) -> Repository:
-        return self.registry.repository(f"{self.fleet.name}/tuf")
+        return self.registry.repository(f"{self.fleet.name}-tuf")
 
     def archive(self, name: str, *, channel: str = "stable", version: str = "", evidence: bool = False) -> Path:
         source, path = self.fleet.registry, self.folder / name
         export_release(
             source.repository(self.fleet.name),
-            source.repository(f"{self.fleet.name}/tuf"),
+            source.repository(f"{self.fleet.name}-tuf"),
             self.fleet.name,
             path,
             channel=channel,

@@ -75,7 +75,7 @@ class Team:
 
     def __post_init__(self) -> None:
         keys = Keys(self.folder / "keys", lambda role: role)
-        self.signing = Signing(self.registry.repository(f"{self.name}/tuf"), keys, now=lambda: self.now)
+        self.signing = Signing(self.registry.repository(f"{self.name}-tuf"), keys, now=lambda: self.now)
         self.signing.begin()
         self.signing.publish()
 
@@ -413,7 +413,7 @@ def test_provenance_is_no_channel(team: Team) -> None:
     with pytest.raises(UsageError, match="no channel 'provenance'"):
         team.signing.release(PROVENANCE, "vision", b"", {})
     assert PROVENANCE in {role.name for role in team.signing.overview()}
-    fresh = Signing(team.registry.repository(f"{team.name}-new/tuf"), team.signing.keys)
+    fresh = Signing(team.registry.repository(f"{team.name}-new-tuf"), team.signing.keys)
     for name in (PROVENANCE, "root", "timestamp"):
         with pytest.raises(UsageError, match=f"{name} cannot be a channel"):
             fresh.begin(("stable", name))

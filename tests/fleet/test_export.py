@@ -23,7 +23,7 @@ __all__ = ["engine", "fleet", "own"]
 
 def export(fleet: Fleet, path: Path) -> Path:
     registry = fleet.registry
-    releases, metadata = registry.repository(fleet.name), registry.repository(f"{fleet.name}/tuf")
+    releases, metadata = registry.repository(fleet.name), registry.repository(f"{fleet.name}-tuf")
     export_release(releases, metadata, fleet.name, path, channel="stable")
     return path
 

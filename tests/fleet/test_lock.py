@@ -28,7 +28,7 @@ from tests.oci import registries
 from tests.oci.registries import Registry
 
 _PATIENCE = 60.0
-PUT = "PUT /v2/{name}/tuf/manifests/"
+PUT = "PUT /v2/{name}-tuf/manifests/"
 SLOW = pytest.mark.slow
 STEPS = [
     pytest.param(r"\d+\.stable\.json", marks=SLOW),

@@ -49,7 +49,7 @@ class World:
     registry: Registry
     folder: Path
     now: datetime = START
-    name: str = field(default_factory=lambda: f"fleet{next(NAMES)}/tuf")
+    name: str = field(default_factory=lambda: f"fleet{next(NAMES)}-tuf")
     publisher: Signing = field(init=False)
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ def test_an_address_and_a_name_are_a_repository(registry: str, name: str, url: s
 
 
 def test_a_repository_has_others_below_it() -> None:
-    assert str(place_of("https://r.io/team", "vision").beside("tuf")) == "r.io/team/vision/tuf"
+    assert str(place_of("https://r.io/team", "vision").beside("tuf")) == "r.io/team/vision-tuf"
 
 
 @pytest.mark.parametrize(

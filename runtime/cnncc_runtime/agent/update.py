@@ -48,7 +48,7 @@ from cnncc_runtime.oci.transfer import Pace, Progress, download
 from cnncc_runtime.releases import Hardware, choose
 
 METADATA = "tuf"
-"""The repository of a fleet's metadata, below that of its releases."""
+"""What the repository of a fleet's metadata is called, after the name of that of its releases and ``-``."""
 _CONFIG = "agent.json"
 _TRUST = "trust"
 _LARGEST_CONFIG = 16 << 20

@@ -38,8 +38,8 @@ class Place:
         return f"{self.scheme}://{self.host}/v2/{self.name}"
 
     def beside(self, name: str) -> Place:
-        """Return the repository ``name`` below this one."""
-        return Place(self.scheme, self.host, _checked(f"{self.name}/{name}"))
+        """Return the repository ``NAME-name`` beside this one; some registries know no folders of repositories."""
+        return Place(self.scheme, self.host, _checked(f"{self.name}-{name}"))
 
 
 def place_of(registry: str, name: str) -> Place:
