@@ -26,17 +26,36 @@ AARCH64 := qemu-user g++-aarch64-linux-gnu libc6-dev-arm64-cross libstdc++6-arm6
     g++-arm-linux-gnueabihf libc6-dev-armhf-cross g++-riscv64-linux-gnu libc6-dev-riscv64-cross
 # What predicts cycles of their kernels
 LLVM_MCA := llvm-19
+# What a fleet is played with: a registry, another client of it, and a browser for the collector's page
+FLEET := docker-registry skopeo chromium
+# What the collector and the agent's unit are tested with beside that
+SERVICES := postgresql softhsm2 systemd
 
-.PHONY: help setup demo test test-gpu slow aarch64 cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+# $(call debian,PACKAGES,PURPOSE): brings Debian packages where that can be done, and else says which are missing
+define debian
+@if ! dpkg-query -W $(1) >/dev/null 2>&1; then \
+    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+        apt-get update -qq || true; \
+        apt-get install --yes -qq --no-install-recommends $(1) || true; \
+    else \
+        echo 'not root, or no Debian: $(2), install $(1)'; \
+    fi; \
+fi
+endef
+
+.PHONY: help setup demo fleet-demo test test-gpu slow aarch64 arm-device fleet-tools service-tools cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   .venv with cnncc, cnncc-runtime (editable) and all that tests need'
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
+	@echo 'make fleet-demo   a registry, releases and three devices: rollouts by percent, tampering, an engine that fails'
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
 	@echo 'make slow    what takes minutes: ResNet-18 for a Raspberry Pi 5 under QEMU, heavy architectures'
 	@echo 'make aarch64   what the tests run engines for ARM and RISC-V with; Debian packages only as root'
+	@echo 'make arm-device   an AArch64 machine under qemu with the update agent: Debian and PyPI packages in build/'
+	@echo 'make fleet-tools, make service-tools   Debian packages that fleets are tested with; only as root'
 	@echo 'make cnncc-run   the C program that runs bundles on devices, and TVM'"'"'s runtime, for each machine with a compiler here'
 	@echo 'make tensorrt   the bindings of TensorRT 10 and 11 that the tests hold our calls against'
 	@echo 'make check   ruff, mypy, import-linter, then the fast tests'
@@ -62,10 +81,13 @@ $(VENV)/.ready: pyproject.toml runtime/pyproject.toml Makefile
 demo: setup
 	$(BIN)/python examples/digits/demo.py
 
+fleet-demo: setup aarch64 fleet-tools arm-device
+	$(BIN)/python examples/fleet/demo.py
+
 # A file of tests is one worker's, so that what it makes for all of them is made once
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
-test: setup aarch64 tensorrt
+test: setup aarch64 tensorrt fleet-tools service-tools arm-device
 	$(BIN)/pytest $(WORKERS) -m 'not slow and not zoo and not gpu'
 	$(BIN)/pytest $(WORKERS) -m 'slow and not zoo and not gpu'
 
@@ -79,16 +101,14 @@ slow: setup aarch64
 
 # Where something of it cannot be had, tests say that they were skipped; in CI they fail
 aarch64: build/aarch64/.ready
-	@if ! dpkg-query -W $(AARCH64) $(LLVM_MCA) >/dev/null 2>&1; then \
-	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	        apt-get update -qq || true; \
-	        for packages in '$(AARCH64)' '$(LLVM_MCA)'; do \
-	            apt-get install --yes -qq --no-install-recommends $$packages || true; \
-	        done; \
-	    else \
-	        echo 'not root, or no Debian: to test engines for ARM and RISC-V too, install $(AARCH64) $(LLVM_MCA)'; \
-	    fi; \
-	fi
+	$(call debian,$(AARCH64),to test engines for ARM and RISC-V too)
+	$(call debian,$(LLVM_MCA),to test predictions of cycles too)
+
+fleet-tools:
+	$(call debian,$(FLEET),for fleets)
+
+service-tools:
+	$(call debian,$(SERVICES),to test the collector and the agent'"'"'s unit too)
 
 # A board's RPC server runs on them
 build/aarch64/.ready: pyproject.toml | setup
@@ -96,6 +116,13 @@ build/aarch64/.ready: pyproject.toml | setup
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 	    --platform manylinux_2_28_aarch64 --dest $(@D) $$($(BIN)/pip freeze | grep '^apache-tvm') && touch $@ || \
 	    echo 'no libraries of TVM for AArch64 could be downloaded'
+
+# An AArch64 machine under qemu, with Python and what cnncc-runtime needs
+arm-device: build/aarch64/device/cnncc-agent
+
+build/aarch64/device/cnncc-agent: tests/qemu/device.py runtime/pyproject.toml | build/aarch64/.ready
+	$(BIN)/python tests/qemu/device.py build/aarch64/device build/aarch64 || \
+	    echo 'no AArch64 device could be made: its packages come from Debian and PyPI'
 
 # What a device without Python runs bundles with; a compiler for each machine, whose name with g++ compiles C++
 RUNNERS := $(shell uname -m):gcc aarch64:aarch64-linux-gnu-gcc arm:arm-linux-gnueabihf-gcc \

@@ -39,6 +39,7 @@ def test_a_wheel_holds_its_package_and_nothing_else(folder: Path, package: str, 
         assert "cnncc/targets/devices/profiles/raspberry-pi-4.toml" in names
     else:
         assert {"cnncc_runtime/c/main.c", "cnncc_runtime/c/Makefile"} <= set(names)
+        assert {f"cnncc_runtime/agent/systemd/cnncc-agent{kind}.service" for kind in ("", ".user")} <= set(names)
 
 
 def test_the_links_of_the_documents_lead_somewhere() -> None:

@@ -210,6 +210,7 @@ def command(
         max_fallback = 0
     _check_target_flags(set(targets))
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
+    name = base.name.removesuffix(".cnncc")
     requests = []
     for target, device in pairs:
         label = Path(device).stem if device.endswith(".toml") else device
@@ -217,9 +218,8 @@ def command(
             CompileRequest(
                 model=model_request(model, weights, input_shapes, input_dtypes),
                 profile=resolve_profile(device, mtriple=mtriple, mcpu=mcpu, mattr=features),
-                output=base
-                if len(pairs) == 1
-                else base.with_name(f"{base.name.removesuffix('.cnncc')}-{target}-{label}.cnncc"),
+                output=base if len(pairs) == 1 else base.with_name(f"{name}-{target}-{label}.cnncc"),
+                name=name,
                 target=target,
                 batches=parse_batches(batch_text),
                 kernels=KernelOptions(winograd, direct, growth),

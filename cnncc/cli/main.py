@@ -14,7 +14,7 @@ import click
 
 import cnncc
 from cnncc.cli.signals import Terminated, stops_as_stops, unwind_on_signals
-from cnncc_runtime.errors import CnnccError, EnvironmentMissing, Interrupted, UsageError
+from cnncc_runtime.errors import CnnccError, DependencyMissing, EnvironmentMissing, Interrupted, UsageError
 
 COMMANDS = {
     "compile": "Compile a model into verified engine bundles (the main job).",
@@ -26,6 +26,8 @@ COMMANDS = {
     "verify": "Check a bundle's engine against its model again.",
     "bench": "Benchmark a bundle against ONNX Runtime, PyTorch and others.",
     "run": "Run a bundle on an image or on arrays.",
+    "publish": "Publish bundles as a release to a fleet's registry.",
+    "fleet": "Say which release a fleet's devices take, and who may say so.",
     "inspect": "Show what is inside a bundle or a model.",
     "targets": "List targets, their state here, and device profiles.",
     "doctor": "Say what this machine can build and run, and how to get the rest.",
@@ -41,11 +43,21 @@ Exit codes:
   3    this machine lacks something (target, package, disk space, a folder to write in)
   4    the model, its weights, the data or the bundle was refused
   5    the toolchain failed
+  20   a registry could not be reached
+  30   what a registry has is not to be believed
   130  interrupted; nothing was left behind (143 when terminated)
 """
 
+_EXTRAS = {
+    **dict.fromkeys(("requests", "securesystemslib", "tuf", "zstandard"), "fleet"),
+    **dict.fromkeys(("jinja2", "sqlalchemy", "starlette", "uvicorn"), "collector"),
+}
+"""Package → the extra that brings it, for commands that not every installation has."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 _JSON = "cnncc.json"
+RENDER = "cnncc.render"
+"""Where a command's context keeps its `Render`."""
 
 
 class LazyGroup(click.Group):
@@ -161,6 +173,7 @@ def common(function: F) -> F:
         from cnncc.cli.render import Render
 
         render = Render(as_json=as_json, verbosity=-1 if quiet else int(verbose))
+        click.get_current_context().meta[RENDER] = render
         try:
             with stops_as_stops():
                 return function(render, **kwargs)
@@ -178,16 +191,26 @@ def common(function: F) -> F:
         except (click.exceptions.ClickException, click.exceptions.Exit):
             raise
         except Exception as exc:
-            _trace(1)
-            error = CnnccError(
-                f"a bug in cnncc: {type(exc).__name__}: {exc}", hint="report it with the traceback above"
-            )
+            error = _missing(exc)
+            if error is None:
+                _trace(1)
+                error = CnnccError(
+                    f"a bug in cnncc: {type(exc).__name__}: {exc}", hint="report it with the traceback above"
+                )
             render.error(error)
             raise click.exceptions.Exit(error.exit_code) from exc
         finally:
             render.close()
 
     return wrapper  # type: ignore[return-value]  # click's decorators change the signature
+
+
+def _missing(exc: Exception) -> CnnccError | None:
+    """Return what to install where a package of an extra is missing; None for any other error."""
+    package = (exc.name or "").partition(".")[0] if isinstance(exc, ModuleNotFoundError) else ""
+    if package not in _EXTRAS:
+        return None
+    return DependencyMissing(f"this command needs {package}", hint=f"pip install 'cnncc[{_EXTRAS[package]}]'")
 
 
 def _trace(verbosity: int) -> None:

@@ -15,7 +15,7 @@ from cnncc.compiler.keys import tools
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
-from cnncc_runtime.bundle import to_plain
+from cnncc_runtime.bundle import CALIBRATION, to_plain
 from cnncc_runtime.cpu import host_cpu
 from cnncc_runtime.errors import UsageError
 from cnncc_runtime.files import atomic_file, storage_errors
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
 SAMPLES = 512
 """Samples of calibration data at most: the second 256 moved ranges by 1.4 % at most (benchmarks/accuracy.py)."""
-
-
-TABLE = "calibration.json"
-"""The calibration table, in the cache and in a bundle."""
-
 
 _LINT_WORDS = {"refused": "would be refused", "float": "would be computed in float", "slow": "costs speed"}
 
@@ -227,9 +222,9 @@ def calibration_stage(export: Stage, clean: Stage, calibration: Calibration, cac
                 progress=reporter.progress,
             )
         )
-        path = folder / TABLE
+        path = folder / CALIBRATION
         path.write_bytes(table.to_bytes())
-        return {"digest": table.digest}, {TABLE: path}, summary(table)
+        return {"digest": table.digest}, {CALIBRATION: path}, summary(table)
 
     if stream.count is None or (validation is not None and validation.count is None):
         cache.forget("calibrate", key)
@@ -238,7 +233,7 @@ def calibration_stage(export: Stage, clean: Stage, calibration: Calibration, cac
 
 def table_of(stage: Stage, reporter: Reporter) -> CalibrationTable:
     """Return a stage's table, and tell what a person should know of it."""
-    table = read_table(stage.file(TABLE))
+    table = read_table(stage.file(CALIBRATION))
     tell(table, reporter)
     return table
 

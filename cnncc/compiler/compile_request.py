@@ -49,6 +49,7 @@ class CompileRequest:
         max_fallback: Layers that are int8 (or half precision) in the graph and may be wider in the engine; None for any
             number.
         allow_slow: Whether int8 is taken unmeasured, whether it is faster than fp32 or not.
+        name: The model's; by default that of the output.
     """
 
     model: ModelRequest
@@ -74,3 +75,4 @@ class CompileRequest:
     float_type: str = FP32
     max_fallback: int | None = None
     allow_slow: bool = False
+    name: str = ""

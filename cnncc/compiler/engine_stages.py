@@ -16,7 +16,7 @@ from cnncc.calibration.data import DataSet, load_data
 from cnncc.calibration.table import CalibrationTable, read_table
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain, predict_apart
 from cnncc.compiler.cache import Cache
-from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
+from cnncc.compiler.calibration import calibration_stage, quantize_stage, table_of, tell_findings
 from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest
 from cnncc.compiler.device_runtime import DeviceRuntime
 from cnncc.compiler.emulation import can_emulate
@@ -31,6 +31,7 @@ from cnncc.compiler.stage import Stage
 from cnncc.targets.base import AOT, BuildOptions, Engine, Predicting, Preflight, Target
 from cnncc.targets.devices import NATIVE
 from cnncc_runtime.bundle import (
+    CALIBRATION,
     GOLDEN,
     MANIFEST,
     PARITY,
@@ -212,7 +213,7 @@ def _for_target(job: Job, graph: Stage) -> dict[str, Any]:
         "batches": request.batches,
         "kernels": to_plain(request.kernels),
         "gpu": to_plain(request.gpu.lasting),
-        "runtime": [request.runtime, bundle_name(request.output) if request.runtime == AOT else ""],
+        "runtime": [request.runtime, bundle_name(request) if request.runtime == AOT else ""],
         "tools": {**tools(), **target.toolchain(), **job.preflight.toolchain},
     }
 
@@ -227,7 +228,7 @@ def build_options(request: CompileRequest) -> BuildOptions:
         precision=request.precision,
         float_type=request.float_type,
         runtime=request.runtime,
-        name=bundle_name(request.output),
+        name=bundle_name(request),
     )
 
 
@@ -369,7 +370,7 @@ def choose(job: Job, int8: Variant) -> Choice:
 
 def _mixed(job: Job, floats: frozenset[str]) -> Variant:
     """Return the model calibrated once more, with some nodes in float: biases, accuracy and all are of that model."""
-    table = read_table(_calibration(job, tuple(sorted(floats))).file(TABLE))  # its health was told of all layers
+    table = read_table(_calibration(job, tuple(sorted(floats))).file(CALIBRATION))  # its health was told of all layers
     layers = tuple(
         msgspec.structs.replace(layer, why="speed") if layer.node in floats else layer for layer in table.layers
     )
@@ -475,7 +476,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
         options=[
             request.reference,
             request.keep_failed,
-            bundle_name(request.output),
+            bundle_name(request),
             variant.precision,
             variant.reference,
             payoff,
@@ -502,7 +503,7 @@ def verify_stage(job: Job, choice: Choice) -> Stage:
         if request.reference:
             files[REFERENCE] = ("reference", variant.graph.file(CLEANED))
         if variant.table is not None:
-            files[TABLE] = ("report", variant.table.to_bytes())
+            files[CALIBRATION] = ("report", variant.table.to_bytes())
         if payoff is not None:
             files[PAYOFF] = ("report", canonical_json(payoff))
         if job.runtime is not None:
@@ -598,7 +599,7 @@ def _manifest(job: Job, variant: Variant, engine: Engine, inputs: _Inputs, parit
         model["program"] = export.digests["program.pt2"]
     return Manifest(
         schema=SCHEMA,
-        name=bundle_name(request.output),
+        name=bundle_name(request),
         model=model,
         target=engine.target,
         engine=engine.record,
@@ -622,6 +623,6 @@ def _runtime_toolchain(job: Job) -> dict[str, str]:
     return {"runtime compiler": job.runtime.compilers.version, "runtime glibc": job.runtime.glibc}
 
 
-def bundle_name(output: Path) -> str:
-    """Return the name a bundle gets from its folder: ``digits.cnncc`` → ``digits``."""
-    return output.name.removesuffix(".cnncc")
+def bundle_name(request: CompileRequest) -> str:
+    """Return the model's name: what is asked for, or that of the folder: ``digits.cnncc`` → ``digits``."""
+    return request.name or request.output.name.removesuffix(".cnncc")

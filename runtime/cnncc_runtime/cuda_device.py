@@ -17,12 +17,10 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cnncc_runtime.errors import RunFailed, TargetUnavailable
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
 BINDINGS = "cuda-bindings"
@@ -99,6 +97,8 @@ class CudaDevice:
         Raises:
             RunFailed: There is not enough.
         """
+        import numpy as np
+
         count = math.prod(shape)
         size = max(count * np.dtype(dtype).itemsize, 1)
         address = int(self._call(self._driver.cuMemHostAlloc, size, 0))

@@ -22,6 +22,14 @@
     │   ├── ExportFailed
     │   ├── BuildFailed
     │   └── RunFailed
+    ├── NetworkFailed           exit 20  a registry could not be reached, or broke
+    │   ├── FleetBusy                    somebody else changes the fleet now
+    │   ├── Paused                       it is not the time to download
+    │   └── RegistryRefused              it answered, with a refusal
+    │       └── NotInRegistry
+    ├── VerificationFailed      exit 30  what was fetched is not what was named or signed
+    ├── NoArtifact              exit 40  a release has nothing for this device
+    ├── HealthCheckFailed       exit 50  a new engine failed on the device, which went back
     └── Interrupted             exit 130 Ctrl-C
 
 An error says what was wrong (``message``), where (``where``: PyTorch modules, ONNX nodes, files) and
@@ -151,6 +159,42 @@ class BuildFailed(ToolchainFailed):
 
 class RunFailed(ToolchainFailed):
     """An engine failed while it ran."""
+
+
+class NetworkFailed(CnnccError):
+    """A registry could not be reached, or broke while it answered; trying later may help."""
+
+    exit_code = 20
+
+
+class FleetBusy(NetworkFailed):
+    """Somebody else changes the fleet's metadata now, or did so meanwhile; trying later helps."""
+
+
+class RegistryRefused(NetworkFailed):
+    """A registry answered with a refusal: no credentials, no permission, something that it does not take."""
+
+
+class NotInRegistry(RegistryRefused):
+    """A registry has no such repository, tag or digest."""
+
+
+class VerificationFailed(CnnccError):
+    """What was fetched is not what was named, or not what was signed."""
+
+    exit_code = 30
+
+
+class NoArtifact(CnnccError):
+    """A release has no engine that this device can run; ``where`` says why not, engine by engine."""
+
+    exit_code = 40
+
+
+class HealthCheckFailed(CnnccError):
+    """A new engine failed on the device; the one before runs."""
+
+    exit_code = 50
 
 
 class Interrupted(CnnccError):

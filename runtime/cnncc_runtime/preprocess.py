@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cnncc_runtime.errors import DataRefused, DependencyMissing
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 MAX_PIXELS = 89_478_485
@@ -87,6 +85,8 @@ class Preprocessing:
         Raises:
             DataRefused: The image is too large or too slim to be resized, or of a mode without 8-bit values.
         """
+        import numpy as np
+
         pixels = np.asarray(self._fit(_eight_bits(image, self.channels)), dtype=np.float32)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         values = (pixels.reshape(*self.size, -1) * np.float32(self.scale) - mean) / std
@@ -116,6 +116,7 @@ class Preprocessing:
 
 
 def _eight_bits(image: Image.Image, channels: str) -> Image.Image:
+    import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I;16"):

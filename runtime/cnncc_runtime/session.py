@@ -13,8 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from numpy.typing import NDArray
-
 from cnncc_runtime.bundle import AOT_STATIC, Bundle, EngineRecord, Manifest, TargetRecord, read_bundle
 from cnncc_runtime.cpu import HostCpu, host_cpu, usable_cores
 from cnncc_runtime.errors import (
@@ -33,6 +31,7 @@ from cnncc_runtime.preprocess import open_image
 from cnncc_runtime.specs import Feeds, Tensors, TensorSpec
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
     from typing_extensions import Self
 

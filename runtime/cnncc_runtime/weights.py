@@ -11,13 +11,14 @@ import math
 import mmap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cnncc_runtime.errors import BundleRefused
-from cnncc_runtime.specs import DTYPES
+from cnncc_runtime.specs import DTYPES, ITEM_BYTES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ALIGNMENT = 64
 """Bytes; TVM's kernels assume it of every buffer (tvm::runtime::kAllocAlignment)."""
@@ -64,7 +65,7 @@ class WeightRecord:
     @property
     def nbytes(self) -> int:
         """Bytes it takes in memory."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def is_sane(self) -> bool:
@@ -166,6 +167,8 @@ class MappedWeights:
         Raises:
             MemoryError: There is none left to expand it into.
         """
+        import numpy as np
+
         tensor = self._record.tensors[position]
         dtype = np.dtype(tensor.dtype)
         count = self._record.stored(tensor) // dtype.itemsize
@@ -198,6 +201,8 @@ def expand(matrix: NDArray[np.float64], stored: NDArray[Any], into: NDArray[Any]
         stored: ``[parts, columns, n]``, float32.
         into: ``[parts, rows, n]``, float32.
     """
+    import numpy as np
+
     for source, target in zip(stored, into, strict=True):
         for start in range(0, source.shape[1], _PIECE):
             piece = slice(start, start + _PIECE)
@@ -206,6 +211,8 @@ def expand(matrix: NDArray[np.float64], stored: NDArray[Any], into: NDArray[Any]
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return an uninitialised array that a session takes without copying it."""
+    import numpy as np
+
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT

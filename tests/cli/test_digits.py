@@ -368,8 +368,9 @@ def test_a_device_from_a_file_names_its_bundle(digits: Digits, tmp_path: Path) -
     board.write_text(ours.read_text(encoding="utf-8"), encoding="utf-8")
     arguments = ("compile", digits.model, "--weights", digits.weights, "--device", "host", "--device", board)
     call(*arguments, "-o", tmp_path / "digits.cnncc")
-    assert read_bundle(tmp_path / "digits-llvm-my-board.cnncc").manifest.target.device == "my-board"
-    assert read_bundle(tmp_path / "digits-llvm-host.cnncc").manifest.target.device == "host"
+    for device in ("my-board", "host"):
+        manifest = read_bundle(tmp_path / f"digits-llvm-{device}.cnncc").manifest
+        assert (manifest.name, manifest.target.device) == ("digits", device)
     board.write_text(board.read_text(encoding="utf-8").replace("cores", "corse"), encoding="utf-8")
     assert "corse" in call(*arguments, "-o", tmp_path / "digits.cnncc", code=2).stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import click
 import pytest
@@ -12,8 +13,12 @@ from click.testing import CliRunner
 
 from cnncc.cli.main import COMMANDS, EXIT_CODES, cli
 from cnncc_runtime import errors
+from cnncc_runtime.agent.cli import EXIT_CODES as AGENTS
+from cnncc_runtime.agent.cli import NOTHING
 from cnncc_runtime.errors import CnnccError
 
+SAY_ALL = ("precision", "channel", "host", "port")
+"""Options whose name, default and choices say all."""
 HEAVY = ("torch", "tvm", "tvm_ffi", "onnx", "onnxruntime", "onnxscript", "numpy", "rich", "torchvision", "timm")
 
 
@@ -36,10 +41,23 @@ def test_every_command_has_help_for_every_flag(name: str) -> None:
     assert result.exit_code == 0, result.output
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
-    for parameter in command.params:
-        if isinstance(parameter, click.Option) and parameter.name != "precision":
-            assert parameter.help, f"{name} {parameter.opts} has no help"
-    assert {"--json", "--quiet", "--verbose"} <= {opt for p in command.params for opt in p.opts}
+    for path, each in _commands(name, command):
+        for parameter in each.params:
+            if isinstance(parameter, click.Option) and parameter.name not in SAY_ALL:
+                assert parameter.help, f"{path} {parameter.opts} has no help"
+        assert {"--json", "--quiet", "--verbose"} <= {opt for p in each.params for opt in p.opts}, path
+
+
+def _commands(path: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    """Yield what can be run: a command, or those below a group."""
+    if not isinstance(command, click.Group):
+        yield path, command
+        return
+    for name in command.list_commands(click.Context(command)):
+        below = command.get_command(click.Context(command), name)
+        assert below is not None
+        assert below.help, f"{path} {name}"
+        yield from _commands(f"{path} {name}", below)
 
 
 def _kinds(kind: type[CnnccError] = CnnccError) -> list[type[CnnccError]]:
@@ -47,8 +65,8 @@ def _kinds(kind: type[CnnccError] = CnnccError) -> list[type[CnnccError]]:
 
 
 def test_the_documented_exit_codes_are_those_of_the_errors() -> None:
-    documented = {int(code) for code in re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)}
-    assert documented == {0, *(kind.exit_code for kind in _kinds())}
+    documented = {int(code) for code in re.findall(r"^  (\d+) ", EXIT_CODES + AGENTS, re.MULTILINE)}
+    assert documented == {0, NOTHING, *(kind.exit_code for kind in _kinds())}
 
 
 def test_every_error_stands_in_the_tree_that_the_docstring_draws() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ import pytest
 
 from cnncc.cli.main import COMMANDS, EXIT_CODES, cli
 from cnncc.targets.devices import resolve_profile
+from cnncc_runtime.agent.cli import cli as agent
 from tests.cli.conftest import Digits
 from tests.cli.harness import ROOT
 
@@ -26,9 +28,9 @@ RUNNER = (ROOT / "runtime" / "c" / "main.c").read_text(encoding="utf-8").partiti
 
 
 def command_lines() -> list[str]:
-    """Return every ``cnncc …`` line of the README, alternatives (``a|b``) spelled out."""
+    """Return every ``cnncc …`` and ``cnncc-agent …`` line of the README, alternatives (``a|b``) spelled out."""
     lines = [line.strip().removeprefix("$ ") for _, block in BLOCKS for line in block.splitlines()]
-    found = [line for line in (*lines, *INLINE) if re.match(r"cnncc [a-z]", line)]
+    found = [line for line in (*lines, *INLINE) if re.match(r"cnncc [a-z]|(\S*/)?cnncc-agent (-|[a-z])", line)]
     expanded = []
     for line in dict.fromkeys(line.replace("\\|", "|").replace("[", "").replace("]", "") for line in found):
         word = re.search(r"(\w+)\|(\w+)", line)
@@ -37,25 +39,44 @@ def command_lines() -> list[str]:
 
 
 def test_the_readme_shows_every_command() -> None:
-    shown = {line.split()[1] for line in command_lines()}
+    shown = {line.split()[1] for line in command_lines() if line.startswith("cnncc ")}
     assert shown == set(COMMANDS)
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_a_command_line_of_the_readme_parses(line: str) -> None:
-    _, name, *arguments = shlex.split(line, comments=True)
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None, line
-    if not arguments and any(isinstance(parameter, click.Argument) for parameter in command.params):
+def test_a_command_line_of_the_readme_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("root.json").touch()
+    monkeypatch.setenv("CNNCC_FLEET_TOKEN", "of-a-viewer")
+    program, *arguments = shlex.split(line, comments=True)
+    parsed: click.Command = cli if program == "cnncc" else agent
+    while isinstance(parsed, click.Group) and arguments and arguments[0] != "…":
+        context = click.Context(parsed)
+        _, (name, *arguments), _ = parsed.make_parser(context).parse_args(list(arguments))
+        found = parsed.get_command(context, name)
+        assert found is not None, line
+        parsed = found
+    if not arguments and any(isinstance(parameter, click.Argument) for parameter in parsed.params):
         return  # the command's bare name in a sentence
-    with command.make_context(name, list(arguments)):  # unknown flags and wrong values raise UsageError
-        pass
+    if not isinstance(parsed, click.Group):
+        with parsed.make_context(parsed.name, list(arguments)):  # unknown flags and wrong values raise UsageError
+            pass
+
+
+def commands_of(command: click.Command) -> Iterator[click.Command]:
+    """Yield a command and all below it."""
+    yield command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            found = command.get_command(click.Context(command), name)
+            assert found is not None
+            yield from commands_of(found)
 
 
 def test_every_flag_that_the_readme_names_exists() -> None:
-    commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
+    commands = [*commands_of(cli), *commands_of(agent)]
     known = (
-        {option for command in commands if command for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        {option for command in commands for p in command.params for option in (*p.opts, *p.secondary_opts)}
         | FOREIGN
         | set(re.findall(FLAG, RUNNER))
     )

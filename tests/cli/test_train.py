@@ -91,8 +91,9 @@ def test_the_users_own_loss_and_metric_are_taken(digit_data: Path, tmp_path: Pat
         "        return self.wrong\n"
     )
     own = tmp_path / "own.py"
-    made = call("train", MODEL, "--data", digit_data / "train.npz", "--val", digit_data / "held.npz", "--epochs", "2", "--loss",
-                f"{own}:loss", "--metric", f"{own}:Wrong", "-o", tmp_path / "w.safetensors", "--json")  # fmt: skip
+    made = call("train", MODEL, "--data", digit_data / "train.npz", "--val", digit_data / "held.npz", "--epochs", "2",
+                "--loss", f"{own}:loss", "--metric", f"{own}:Wrong", "-o", tmp_path / "w.safetensors",
+                "--json")  # fmt: skip
     assert made.document["metric"] == "Wrong"
     assert made.document["best"] == min(each["metric"] for each in made.document["history"])
     assert made.document["best"] == int(made.document["best"])

@@ -26,7 +26,13 @@ def test_importing_the_package_loads_nothing() -> None:
 
 
 def test_reading_a_bundle_needs_no_runtime() -> None:
-    assert not loaded_by("from cnncc_runtime import read_bundle, load, open") & {"tvm_ffi", "tvm", "torch", "PIL"}
+    heavy = {"numpy", "tvm_ffi", "tvm", "torch", "PIL"}
+    assert not loaded_by("from cnncc_runtime import read_bundle, load, open") & heavy
+
+
+def test_a_devices_agent_needs_no_arrays() -> None:
+    heavy = {"numpy", "tvm_ffi", "tvm", "torch", "onnx", "PIL", "cnncc"}
+    assert not loaded_by("import cnncc_runtime.agent.cli, cnncc_runtime.session") & heavy
 
 
 @pytest.mark.parametrize("name", cnncc_runtime.__all__)
