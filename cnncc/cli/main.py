@@ -19,6 +19,7 @@ from cnncc_runtime.errors import CnnccError, EnvironmentMissing, Interrupted, Us
 COMMANDS = {
     "compile": "Compile a model into verified engine bundles (the main job).",
     "train": "Train a model on labelled data.",
+    "distil": "Train a small model by what a larger one makes of the data.",
     "export": "Export a model to clean ONNX.",
     "calibrate": "Find a model's int8 scales on your data.",
     "quantize": "Write a model as int8 Q/DQ ONNX, by a calibration table.",
