@@ -45,6 +45,7 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
     show_default=True,
     help="What channels are worth: by their weights, by BatchNorm's scales, by weights times gradients.",
 )
+@click.option("--distil", is_flag=True, help="Fine-tune by the outputs of MODEL as it was, and by the labels.")
 @click.option("--multiple", type=int, default=8, show_default=True, help="Channels that are left are a multiple of it.")
 @click.option("--most", type=float, default=0.9, show_default=True, help="Share of tied channels that may go.")
 @training_options
@@ -70,6 +71,7 @@ def command(
     importance: str,
     multiple: int,
     most: float,
+    distil: bool,
     output: Path | None,
     cache_dir: Path | None,
     **given: Any,
@@ -80,6 +82,7 @@ def command(
     `cnncc compile MODEL --weights` takes it as it is.
     """
     from cnncc.compiler.model_reference import parse_reference
+    from cnncc.compression.distil import Lessons
     from cnncc.compression.prune import Pruning, prune
 
     path = output or Path(f"{parse_reference(model).name}-pruned.safetensors")
@@ -102,6 +105,7 @@ def command(
             path,
             narrator,
             engines=engines,
+            lessons=Lessons() if distil else None,
             accelerator=given["accelerator"],
             workers=given["workers"],
         )

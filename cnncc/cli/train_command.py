@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cnncc.compression.recipe import Recipe
     from cnncc.compression.task import Task
     from cnncc.compression.train import Material
+    from cnncc.compression.training import Trained
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -147,6 +148,26 @@ def _board(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+def tell_trained(render: Render, path: Path, trained: Trained, task: Task) -> None:
+    """Say what came of a training."""
+    judged = trained.best == trained.best
+    document = {
+        "weights": str(path),
+        "task": task.kind,
+        "metric": task.metric if judged else None,
+        "best": trained.best if judged else None,
+        "best_epoch": trained.best_epoch,
+        "epochs": trained.epochs,
+        "history": [dict(facts) for facts in trained.history],
+    }
+
+    def text() -> None:
+        found = f"{task.text(trained.best)} in epoch {trained.best_epoch}" if judged else "the last epoch's"
+        render.line(f"{path}  {trained.epochs} epochs, {found}")
+
+    render.result(document, text)
+
+
 @click.command(name="train", epilog=MODEL_HELP)
 @model_options
 @training_options
@@ -194,18 +215,4 @@ def command(
         )
     finally:
         narrator.close()
-    document = {
-        "weights": str(path),
-        "task": task.kind,
-        "metric": task.metric if trained.best == trained.best else None,
-        "best": trained.best if trained.best == trained.best else None,
-        "best_epoch": trained.best_epoch,
-        "epochs": trained.epochs,
-        "history": [dict(facts) for facts in trained.history],
-    }
-
-    def text() -> None:
-        judged = f"{task.text(trained.best)} in epoch {trained.best_epoch}" if given["val"] else "the last epoch's"
-        render.line(f"{path}  {trained.epochs} epochs, {judged}")
-
-    render.result(document, text)
+    tell_trained(render, path, trained, task)

@@ -29,7 +29,7 @@ class Checkpoint:
         epoch: Epochs that are over.
         step: Steps of the epoch that is not.
         total: Sum of the losses of those steps, each times its samples.
-        parts: Name → state dict: model, optimizer, schedule, precision, average.
+        parts: Name → state dict: model, optimizer, schedule, precision, average, what is trained beside the model.
         generator: State of torch's random numbers, on the CPU.
         best: The best value of the metric so far; NaN before there is one.
         best_epoch: Whose that is; 0 for none.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import nn
 from cnncc.compiler.ingest import Model
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compression.channels import Bundle, Channels, Importance
+from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.latency import Engines, Measured
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.sparsity import Masks, apply_masks, two_of_four, unstructured, zeros
@@ -129,7 +130,7 @@ def prune(
     watcher: Watcher,
     *,
     engines: Engines | None = None,
-    objective: Callable[[nn.Module], Objective] | None = None,
+    lessons: Lessons | None = None,
     accelerator: str = "auto",
     workers: int = 0,
 ) -> Pruned:
@@ -143,7 +144,7 @@ def prune(
         output: ``.safetensors``; of fewer channels than the factory gives, its header says so.
         watcher: Told how it goes.
         engines: Measures; needed for a budget of latency, and makes channels cost what they take.
-        objective: Of fine-tuning, made of the model as it was: distils from it.
+        lessons: What fine-tuning is taught by the model as it was; None for nothing.
         accelerator: As `training.fit` has it.
         workers: As `training.fit` has it.
 
@@ -163,7 +164,7 @@ def prune(
     work = _Work(model, module, open_material(model, material, recipe), pruning, recipe, watcher, engines)
     work.options = {"accelerator": accelerator, "workers": workers}
     with tempfile.TemporaryDirectory(prefix="cnncc-prune-") as folder:
-        return work.run(Path(folder), output, is_pruned(request.weights), objective)
+        return work.run(Path(folder), output, lessons, was_pruned=is_pruned(request.weights))
 
 
 @dataclass
@@ -182,12 +183,10 @@ class _Work:
     dense: tuple[str, ...] = ()
     missed: str = ""
 
-    def run(
-        self, folder: Path, output: Path, was_pruned: bool, objective: Callable[[nn.Module], Objective] | None
-    ) -> Pruned:
+    def run(self, folder: Path, output: Path, lessons: Lessons | None, *, was_pruned: bool) -> Pruned:
         """Prune, step by step, and write what is left."""
         structured = self.pruning.method == STRUCTURED
-        teacher = objective(copy.deepcopy(self.module)) if objective else None
+        teacher = copy.deepcopy(self.module)
         bundles: dict[str, Path] = {}
         if self.engines is not None:
             bundles["before"] = folder / "before.cnncc"
@@ -201,7 +200,8 @@ class _Work:
             masks = self._cut(channels, part)
             states.append(self._state(part))
             if self.pruning.finetune:
-                self._finetune(step, masks, output, teacher)
+                taught = Distillation(teacher, self.module, self.data.task, lessons) if lessons else None
+                self._finetune(step, masks, taught)
                 states.append(self._state(part))
         save_weights(self.module, output, {"pruned": self.pruning.method}, pruned=structured or was_pruned)
         if self.engines is not None:
@@ -238,14 +238,14 @@ class _Work:
         apply_masks(self.module, masks)
         return masks
 
-    def _finetune(self, step: int, masks: Masks, output: Path, teacher: Objective | None) -> None:
+    def _finetune(self, step: int, masks: Masks, objective: Objective | None) -> None:
         job = Job(
             self.module,
             replace(self.recipe, epochs=max(1, round(self.pruning.finetune / self.pruning.steps))),
             self.data.task,
             self.data.train,
             self.data.validation,
-            objective=teacher,
+            objective=objective,
             after_step=lambda module: apply_masks(module, masks),
             identity={"model": self.model.digest, "pruning": f"{self.pruning}, step {step}"},
             **self.options,

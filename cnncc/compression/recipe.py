@@ -81,9 +81,9 @@ class Recipe:
         return parse_augment(self.augment)
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> optim.Optimizer:
-    """Return the optimizer of a model's parameters, those that are trained."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(recipe: Recipe, *models: nn.Module) -> optim.Optimizer:
+    """Return the optimizer of models' parameters, those that are trained."""
+    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -64,6 +64,7 @@ class Job:
         validation: To judge by; None for none, and then the last weights are delivered.
         objective: What is made small; by default the task's loss.
         after_step: Called with the model after each step: keeps pruned weights at zero.
+        beside: What the objective trains beside the model, and nobody gets; None for nothing.
         checkpoint: Where it is kept while it is not over; None for nowhere.
         identity: What it depends on that is not here: the model's digest, the teacher's.
         accelerator: As Fabric names it: ``auto``, ``cpu``, ``cuda``.
@@ -77,6 +78,7 @@ class Job:
     validation: Examples | None = None
     objective: Objective | None = None
     after_step: Callable[[nn.Module], None] = lambda _: None
+    beside: nn.Module | None = None
     checkpoint: Path | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
     accelerator: str = "auto"
@@ -159,7 +161,8 @@ class _Fit:
     def __init__(self, job: Job, augment: Augment, fabric: Fabric, watcher: Watcher) -> None:
         self._job, self._augment, self._fabric, self._watcher = job, augment, fabric, watcher
         self._batches = _Batches(len(job.train), job.recipe.batch, job.recipe.seed)
-        optimizer = make_optimizer(job.recipe, job.model)
+        beside = [job.beside.to(fabric.device)] if job.beside is not None else []
+        optimizer = make_optimizer(job.recipe, job.model, *beside)
         self._model, self._optimizer = fabric.setup(job.model, optimizer)
         self._schedule = make_schedule(job.recipe, optimizer, len(self._batches))
         self._average = (
@@ -235,6 +238,10 @@ class _Fit:
             raise self._diverged(value)
         self._optimizer.zero_grad()
         self._fabric.backward(loss)
+        for parameter in job.beside.parameters() if job.beside is not None else ():
+            assert parameter.grad is not None
+            mean = self._fabric.all_reduce(parameter.grad)  # between processes, as Fabric does for the model
+            parameter.grad.copy_(cast(torch.Tensor, mean))
         if job.recipe.clip is not None:
             self._fabric.clip_gradients(self._model, self._optimizer, max_norm=job.recipe.clip)
         self._optimizer.step()
@@ -277,6 +284,7 @@ class _Fit:
             "torch": str(torch.__version__),  # else a class of torch's, which no checkpoint may hold
             "threads": str(torch.get_num_threads()),
             "parameters": str([tuple(parameter.shape) for parameter in job.model.parameters()]),
+            "beside": str([tuple(each.shape) for each in job.beside.parameters()] if job.beside is not None else []),
         }
 
     def _restored(self) -> Checkpoint:
@@ -300,7 +308,8 @@ class _Fit:
             "schedule": self._schedule,
             "precision": self._fabric.strategy.precision,
         }
-        return parts | ({"average": self._average} if self._average is not None else {})
+        others = {"average": self._average, "beside": self._job.beside}
+        return parts | {name: other for name, other in others.items() if other is not None}
 
     def _save(self) -> None:
         self._saved = time.monotonic()
