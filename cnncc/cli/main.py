@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train a model on labelled data.",
     "prune": "Take channels or weights out of a model, and fine-tune it.",
     "distil": "Train a small model by what a larger one makes of the data.",
+    "shrink": "Prune, distil, quantize and measure, down to a budget.",
     "export": "Export a model to clean ONNX.",
     "calibrate": "Find a model's int8 scales on your data.",
     "quantize": "Write a model as int8 Q/DQ ONNX, by a calibration table.",

@@ -14,7 +14,8 @@ from cnncc.compiler.bench.gpu import host_gpu
 from cnncc.compiler.bench.runner import run_benchmark
 from cnncc.compiler.bench.subjects import OURS, Subject
 from cnncc.compiler.cache import Cache, default_cache_folder
-from cnncc.compiler.compile_request import CompileRequest
+from cnncc.compiler.calibration import Calibration
+from cnncc.compiler.compile_request import INT8, CompileRequest
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.payoff import THREADS, kernel_times
 from cnncc.compiler.pipeline import compile
@@ -65,8 +66,13 @@ class Engines:
     cache: Cache = field(default_factory=lambda: Cache(default_cache_folder(), lambda _: None))
     reporter: Reporter = field(default_factory=Silent)
 
-    def build(self, module: nn.Module, bundle: Path) -> None:
+    def build(self, module: nn.Module, bundle: Path, calibration: Calibration | None = None) -> None:
         """Compile a variant into a bundle, proven as every bundle is.
+
+        Args:
+            module: Of the model's modules, with as many channels or fewer.
+            bundle: Where it goes.
+            calibration: Makes it int8, whether that is faster or not; None for float32.
 
         Raises:
             As `cnncc.compiler.pipeline.compile`.
@@ -75,6 +81,8 @@ class Engines:
             weights = Path(folder) / "weights.safetensors"
             save_weights(module, weights, pruned=True)
             request = CompileRequest(replace(self.request, weights=weights), self.profile, bundle, self.target)
+            if calibration is not None:
+                request = replace(request, precision=INT8, calibration=calibration, allow_slow=True)
             if compile(request, cache=self.cache, reporter=self.reporter).parity != "passed":
                 raise UsageError(
                     f"engines for {self.profile.name} do not run on this machine: their latency cannot be measured",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,8 +227,10 @@ class _Work:
     def _cut(self, channels: Channels | None, share: float) -> Masks:
         """Take away until a share is gone; return what must stay zero."""
         if channels is not None:
-            importance = self._importance(self.module)
-            channels.prune(share, importance, cost=self._cost, multiple=self.pruning.multiple, most=self.pruning.most)
+            importance = importance_of(self.pruning, self.module, self.data, self.recipe.batch)
+            channels.prune(
+                share, importance, cost=cost_of(self.costs), multiple=self.pruning.multiple, most=self.pruning.most
+            )
             self.module.zero_grad(set_to_none=True)
             return {}
         if self.pruning.method == TWO_OF_FOUR:
@@ -251,47 +253,6 @@ class _Work:
             **self.options,
         )
         fit(job, self.watcher)
-
-    # ---- what goes
-
-    def _importance(self, module: nn.Module) -> Importance:
-        try:
-            from torch_pruning import importance
-        except ImportError as exc:
-            raise DependencyMissing(
-                "structured pruning needs torch-pruning", hint="pip install 'cnncc[train]'"
-            ) from exc
-        if self.pruning.importance == "taylor":
-            self._gradients(module)
-        kinds = {
-            "batchnorm": importance.BNScaleImportance,
-            "taylor": importance.GroupTaylorImportance,
-            "magnitude": importance.GroupMagnitudeImportance,
-        }
-        norms = nn.modules.batchnorm._BatchNorm
-        if self.pruning.importance == "batchnorm" and not any(isinstance(part, norms) for part in module.modules()):
-            raise ModelRefused(
-                "channels cannot be judged by the scales of BatchNorm: the model has no BatchNorm",
-                hint="--importance magnitude, or taylor",
-            )
-        found: Importance = kinds[self.pruning.importance]()
-        return found
-
-    def _gradients(self, module: nn.Module) -> None:
-        """Leave the gradients of the task's loss on the first samples in a module's parameters."""
-        module.eval()  # statistics of BatchNorm stay
-        module.zero_grad(set_to_none=True)
-        count = min(_TAYLOR_SAMPLES, len(self.data.train))
-        for start in range(0, count, self.recipe.batch):
-            [batch] = self.data.train.__getitems__(range(start, min(start + self.recipe.batch, count)))
-            loss: Any = self.data.task.loss(module(*batch.inputs), batch.targets)
-            loss.backward()
-
-    def _cost(self, bundle: Bundle) -> float:
-        """Return what a unit of a bundle takes in the engine: its part of every layer that makes or reads it."""
-        if not self.costs:
-            return 1.0
-        return sum(self.costs.get(layer, 0.0) for layer in bundle.layers) / bundle.units
 
     def _share(self, folder: Path, bundles: Mapping[str, Path]) -> float:
         """Return the share that goes: as asked for, or the smallest whose engine meets the budget."""
@@ -322,7 +283,67 @@ class _Work:
         copied = copy.deepcopy(self.module)
         channels = Channels(copied, self._examples())
         channels.prune(
-            share, self._importance(copied), cost=self._cost, multiple=self.pruning.multiple, most=self.pruning.most
+            share,
+            importance_of(self.pruning, copied, self.data, self.recipe.batch),
+            cost=cost_of(self.costs),
+            multiple=self.pruning.multiple,
+            most=self.pruning.most,
         )
         self.engines.build(copied, bundle)
         return self.engines.compare({"variant": bundle})["variant"].seconds
+
+
+def importance_of(pruning: Pruning, module: nn.Module, data: Opened, batch: int) -> Importance:
+    """Return what says what a module's channels are worth.
+
+    Args:
+        pruning: Says how.
+        module: For ``taylor``, its parameters have gradients afterwards.
+        data: What these are of.
+        batch: Samples of a run.
+
+    Raises:
+        DependencyMissing: `torch_pruning` is not installed.
+        ModelRefused: It has no BatchNorm to judge by.
+    """
+    try:
+        from torch_pruning import importance
+    except ImportError as exc:
+        raise DependencyMissing("structured pruning needs torch-pruning", hint="pip install 'cnncc[train]'") from exc
+    norms = nn.modules.batchnorm._BatchNorm
+    if pruning.importance == "batchnorm" and not any(isinstance(part, norms) for part in module.modules()):
+        raise ModelRefused(
+            "channels cannot be judged by the scales of BatchNorm: the model has no BatchNorm",
+            hint="--importance magnitude, or taylor",
+        )
+    if pruning.importance == "taylor":
+        _leave_gradients(module, data, batch)
+    kinds = {
+        "batchnorm": importance.BNScaleImportance,
+        "taylor": importance.GroupTaylorImportance,
+        "magnitude": importance.GroupMagnitudeImportance,
+    }
+    found: Importance = kinds[pruning.importance]()
+    return found
+
+
+def _leave_gradients(module: nn.Module, data: Opened, batch: int) -> None:
+    """Leave the gradients of the task's loss on the first samples in a module's parameters."""
+    module.eval()  # statistics of BatchNorm stay
+    module.zero_grad(set_to_none=True)
+    count = min(_TAYLOR_SAMPLES, len(data.train))
+    for start in range(0, count, batch):
+        [taken] = data.train.__getitems__(range(start, min(start + batch, count)))
+        loss: Any = data.task.loss(module(*taken.inputs), taken.targets)
+        loss.backward()
+
+
+def cost_of(costs: Mapping[str, float]) -> Callable[[Bundle], float]:
+    """Return what a unit of a bundle takes in an engine: its part of every layer that makes or reads it.
+
+    Args:
+        costs: Module path → seconds of its convolution or product; where there are none, every unit costs the same.
+    """
+    if not costs:
+        return lambda _: 1.0
+    return lambda bundle: sum(costs.get(layer, 0.0) for layer in bundle.layers) / bundle.units

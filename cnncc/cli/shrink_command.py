@@ -1,0 +1,174 @@
+"""``cnncc shrink``: the smallest model that keeps its accuracy and is really faster."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cnncc.cli.main import cache_option, common
+from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache
+from cnncc.cli.prune_command import parse_latency
+from cnncc.cli.render import MARKS, Render, size_text
+from cnncc.cli.train_command import Narrator, material_of, recipe_of, training_options
+from cnncc_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from cnncc.compression.shrink import Point, Shrunk
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|KB|MB|GB)")
+_BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+@click.command(name="shrink", epilog=MODEL_HELP)
+@model_options
+@click.option("--latency", "latency_text", metavar="TIME", help="What a run may take: 4ms")
+@click.option("--size", "size_text_", metavar="BYTES", help="What the engine and its weights may take: 2MB")
+@click.option(
+    "--max-accuracy-drop",
+    "drop",
+    type=float,
+    metavar="POINTS",
+    help="What may be lost of the metric on --val.  [default: 1 where nothing else is bounded]",
+)
+@click.option(
+    "--shares", default="0.25,0.4,0.55,0.7", show_default=True, help="Of the channels: each is tried in turn."
+)
+@click.option("--precisions", default="fp32,int8", show_default=True, help="Of the engines of each size.")
+@click.option("--epochs", type=int, default=5, show_default=True, help="Of fine-tuning, of each size.")
+@click.option("--target", default="llvm", show_default=True, help="Whose engines are built and measured, here.")
+@click.option("--device", default="host", show_default=True, help="What they are for.")
+@click.option(
+    "--importance",
+    type=click.Choice(["magnitude", "batchnorm", "taylor"]),
+    default="magnitude",
+    show_default=True,
+    help="What channels are worth; what they cost is measured.",
+)
+@click.option("--multiple", type=int, default=8, show_default=True, help="Channels that are left are a multiple of it.")
+@training_options
+@click.option("--fresh", is_flag=True, help="Begin anew although a run of other options lies in the folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder.  [default: MODEL's name -shrunk]")
+@cache_option
+@common
+def command(
+    render: Render,
+    *,
+    model: str,
+    weights: Path | None,
+    input_shapes: tuple[str, ...],
+    input_dtypes: tuple[str, ...],
+    latency_text: str | None,
+    size_text_: str | None,
+    drop: float | None,
+    shares: str,
+    precisions: str,
+    epochs: int,
+    target: str,
+    device: str,
+    importance: str,
+    multiple: int,
+    fresh: bool,
+    output: Path | None,
+    cache_dir: Path | None,
+    **given: Any,
+) -> None:
+    """Make MODEL smaller and smaller: prune, fine-tune by what it was, quantize, compile, measure.
+
+    Every size is an engine in the folder, timed in turns with the whole model's; the best of those that hold to the
+    budgets is named. Interrupted, the same command goes on where it was, and what was made so far is of use.
+    """
+    from cnncc.compiler.model_reference import parse_reference
+    from cnncc.compression.latency import Engines
+    from cnncc.compression.shrink import PLOT, Budget, Plan, describe, shrink
+    from cnncc.targets.devices import resolve_profile
+
+    folder = output or Path(f"{parse_reference(model).name}-shrunk")
+    latency, size = parse_latency(latency_text), parse_size(size_text_)
+    budget = Budget(latency, size, 1.0 if drop is None and latency is None and size is None else drop)
+    names = tuple(each.strip() for each in precisions.split(","))
+    plan = Plan(_shares(shares), names, importance, multiple)
+    request = model_request(model, weights, input_shapes, input_dtypes)
+    engines = Engines(request, resolve_profile(device), target, open_cache(cache_dir, render))
+    narrator = Narrator(render, epochs)
+    since = time.monotonic()
+
+    def told(point: Point) -> None:
+        nonlocal since
+        detail = f"{point.share:.0%} gone, {point.precision}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
+        render.done("engine", time.monotonic() - since, detail, reused=False)
+        since = time.monotonic()
+
+    try:
+        shrunk = shrink(
+            request,
+            material_of(given),
+            budget,
+            plan,
+            recipe_of(given, epochs),
+            folder,
+            narrator,
+            engines,
+            told=told,
+            accelerator=given["accelerator"],
+            fresh=fresh,
+        )
+    finally:
+        narrator.close()
+    whole, best = shrunk.points[0], shrunk.best
+    document = {
+        "folder": str(folder),
+        "metric": shrunk.task.metric,
+        "points": [_document(point, shrunk) for point in shrunk.points],
+        "best": {"bundle": str(folder / best.bundle), "weights": str(folder / best.weights) if best.weights else None},
+        "plot": str(folder / PLOT),
+    }
+
+    def text() -> None:
+        rows = [
+            [
+                MARKS["ok"] if point is best else ("·" if point in shrunk.front else ""),
+                f"{point.share:.0%} gone" if point.share else "whole",
+                point.precision,
+                shrunk.task.text(point.metric),
+                f"{point.seconds * 1e3:.3f} ms",
+                f"{1 / point.ratio[0]:.2f} ×",
+                size_text(point.size),
+                f"{point.parameters:,}",
+            ]
+            for point in shrunk.points
+        ]
+        render.table(["", "", "", "", "latency", "faster", "engine", "parameters"], rows, right=[4, 5, 6, 7])
+        render.line(f"{folder / best.bundle}  {describe(best, whole, shrunk.task)}")
+
+    render.result(document, text)
+
+
+def _document(point: Point, shrunk: Shrunk) -> dict[str, Any]:
+    from msgspec import to_builtins
+
+    return {**to_builtins(point), "front": point in shrunk.front, "best": point is shrunk.best}
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as exc:
+        raise UsageError(f"--shares {text} is no list of shares", hint="--shares 0.25,0.5") from exc
+
+
+def parse_size(text: str | None) -> int | None:
+    """Return the bytes of ``2MB`` or ``500 kB``; None for None.
+
+    Raises:
+        UsageError: It is no size.
+    """
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"'{text}' is no size", hint="as in --size 2MB")
+    return round(float(found[1]) * _BYTES[found[2]])

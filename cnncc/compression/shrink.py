@@ -1,0 +1,424 @@
+"""`shrink()`: a model, smaller and smaller, each size fine-tuned, compiled, measured; and which of them to take.
+
+Every size begins with the one before: channels go, what is left learns from the whole model (`cnncc.compression.distil`),
+and becomes an engine for each precision, timed in turns with the whole model's. What is done lies in a folder, so that a
+run that was cut short goes on, and its results so far are of use at any time.
+
+    shrink.json           what it depends on, and the points so far
+    SHARE.safetensors     weights with that share of the channels gone
+    SHARE-PRECISION.cnncc the engine
+    pareto.svg            accuracy over latency
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from cnncc.calibration.table import read_table
+from cnncc.compiler.calibration import Calibration
+from cnncc.compiler.model_reference import ModelRequest
+from cnncc.compiler.weights import load_weights
+from cnncc.compression.channels import Channels
+from cnncc.compression.distil import Distillation, Lessons
+from cnncc.compression.latency import Engines
+from cnncc.compression.pareto_plot import plot
+from cnncc.compression.prune import Pruning, cost_of, importance_of
+from cnncc.compression.recipe import Recipe
+from cnncc.compression.task import Task
+from cnncc.compression.train import Material, Opened, checkpoint_of, open_material, trainable
+from cnncc.compression.training import Job, Watcher, evaluate, fit
+from cnncc.compression.weights_file import is_pruned, save_weights
+from cnncc.graph.feeds import random_feeds
+from cnncc_runtime.bundle import CALIBRATION, read_bundle
+from cnncc_runtime.digests import canonical_json, digest_json
+from cnncc_runtime.errors import BudgetExceeded, UsageError
+from cnncc_runtime.files import atomic_file, storage_errors
+
+SHARES = (0.25, 0.4, 0.55, 0.7)
+FP32, INT8 = "fp32", "int8"
+_STATE = "shrink.json"
+_SCHEMA = "cnncc.shrink/1"
+PLOT = "pareto.svg"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the result must hold to; None for no bound.
+
+    Attributes:
+        latency: Seconds of a run.
+        size: Bytes of the engine and its weights.
+        drop: Points of the metric that may be lost (hundredths of it, where it is a share).
+    """
+
+    latency: float | None = None
+    size: int | None = None
+    drop: float | None = None
+
+    def holds(self, point: Point, whole: Point, task: Task) -> bool:
+        """Tell whether a point is within."""
+        return (
+            (self.latency is None or point.seconds <= self.latency)
+            and (self.size is None or point.size <= self.size)
+            and (self.drop is None or lost(point, whole, task) <= self.drop)
+        )
+
+
+class Point(msgspec.Struct, frozen=True):
+    """A variant, measured.
+
+    Attributes:
+        share: Of the channels that are gone.
+        precision: ``fp32`` or ``int8``.
+        metric: On the validation data.
+        seconds: Of a run.
+        ratio: Its time over the whole model's in fp32, measured in turns: value, low and high end of 95 %.
+        size: Bytes of the engine and its weights.
+        parameters: Of the module.
+        weights: File in the folder.
+        bundle: Folder in the folder.
+    """
+
+    share: float
+    precision: str
+    metric: float
+    seconds: float
+    ratio: tuple[float, float, float]
+    size: int
+    parameters: int
+    weights: str
+    bundle: str
+
+
+class _State(msgspec.Struct):
+    schema: str
+    identity: dict[str, str]
+    points: list[Point]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What came of it.
+
+    Attributes:
+        points: All, in the order that they were made; the first is the whole model in fp32.
+        front: Those that no other is both faster and better than.
+        best: The one to take.
+        task: What they are judged by.
+    """
+
+    points: tuple[Point, ...]
+    front: tuple[Point, ...]
+    best: Point
+    task: Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far it goes.
+
+    Attributes:
+        shares: Of the channels that are gone, growing.
+        precisions: Of engines: `FP32`, `INT8` or both.
+        importance: As `Pruning` has it.
+        multiple: Likewise.
+        most: Likewise.
+        lessons: What variants are taught by the whole model.
+        samples: That int8 is calibrated on.
+    """
+
+    shares: tuple[float, ...] = SHARES
+    precisions: tuple[str, ...] = (FP32, INT8)
+    importance: str = "magnitude"
+    multiple: int = 8
+    most: float = 0.9
+    lessons: Lessons = Lessons()
+    samples: int = 512
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: Shares that do not grow or are none, or a precision that is none.
+        """
+        if not self.shares or list(self.shares) != sorted(set(self.shares)) or not 0 < min(self.shares) < 1:
+            raise UsageError(f"{self.shares} are no growing shares", hint="--shares 0.25,0.5")
+        if max(self.shares) >= 1 or not self.precisions or not {*self.precisions} <= {FP32, INT8}:
+            raise UsageError("shares are below 1, and precisions are fp32 and int8", hint="--precisions fp32,int8")
+        Pruning(amount=0.5, importance=self.importance, multiple=self.multiple, most=self.most).check()
+        self.lessons.check()
+
+
+def shrink(
+    request: ModelRequest,
+    material: Material,
+    budget: Budget,
+    plan: Plan,
+    recipe: Recipe,
+    folder: Path,
+    watcher: Watcher,
+    engines: Engines,
+    *,
+    told: Callable[[Point], None] = lambda _: None,
+    accelerator: str = "auto",
+    fresh: bool = False,
+) -> Shrunk:
+    """Make a model smaller until no budget is left, and say which size to take.
+
+    Args:
+        request: MODEL and its weights.
+        material: What it learns from and is judged on; validation data is needed.
+        budget: What must hold.
+        plan: How far it goes.
+        recipe: Of the fine-tuning of each size.
+        folder: Where everything lies; a run that was cut short goes on there.
+        watcher: Told how training goes.
+        engines: Builds and measures.
+        told: Told of each point, once it is measured.
+        accelerator: As `training.fit` has it.
+        fresh: Whether to begin anew where there is a run of other options.
+
+    Raises:
+        BudgetExceeded: No variant holds to the budget; says which is nearest. All that was made stays.
+        UsageError: The plan makes no sense, or the folder is of another run.
+        As `training.fit` and `Engines.build`.
+    """
+    plan.check()
+    recipe.check()
+    if not material.validation:
+        raise UsageError("variants are judged on validation data", hint="add --val DATA")
+    model, module = trainable(request)
+    data = open_material(model, material, recipe)
+    assert data.validation is not None
+    identity = {
+        "model": model.digest,
+        "data": data.train.identity,
+        "validation": data.validation.identity,
+        "engines": f"{engines.target} {engines.profile}",
+        "recipe": digest_json(vars(recipe)),
+        "plan": digest_json([str(value) for name, value in vars(plan).items() if name != "shares"]),
+    }
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    work = _Work(module, data, plan, recipe, folder, watcher, engines, material, _state(folder, identity, fresh=fresh))
+    work.told, work.accelerator = told, accelerator
+    work.examples = tuple(torch.from_numpy(array) for array in random_feeds(model.inputs, batch=2).values())
+    work.pruned = is_pruned(request.weights)
+    return work.run(budget)
+
+
+def lost(point: Point, whole: Point, task: Task) -> float:
+    """Return what a point loses of the whole model's metric: in points, where it is a share; less than 0 for a gain."""
+    worse = whole.metric - point.metric if task.higher else point.metric - whole.metric
+    return 100 * worse if task.percent else worse
+
+
+def front_of(points: Iterable[Point], task: Task) -> tuple[Point, ...]:
+    """Return the points that no other is at least as fast and as good as, and better in one: the fastest first."""
+    front: list[Point] = []
+    best: float | None = None
+    for point in sorted(points, key=lambda each: (each.ratio[0], -each.metric if task.higher else each.metric)):
+        if best is None or task.better(point.metric, best):
+            front.append(point)
+            best = point.metric
+    return tuple(front)
+
+
+def choose(points: Sequence[Point], budget: Budget, task: Task) -> Point | None:
+    """Return the point to take: of those within the budget the best, where time or size are bounded; else the fastest.
+
+    Args:
+        points: The first is the whole model's.
+        budget: What must hold.
+        task: Says which metric is better.
+    """
+    within = [point for point in points if budget.holds(point, points[0], task)]
+    if not within:
+        return None
+    if budget.latency is None and budget.size is None:
+        return min(within, key=lambda point: point.ratio[0])
+    sign = -1 if task.higher else 1
+    return min(within, key=lambda point: (sign * point.metric, point.ratio[0]))
+
+
+@dataclass
+class _Work:
+    """A run."""
+
+    module: nn.Module
+    data: Opened
+    plan: Plan
+    recipe: Recipe
+    folder: Path
+    watcher: Watcher
+    engines: Engines
+    material: Material
+    state: _State
+    told: Callable[[Point], None] = lambda _: None
+    accelerator: str = "auto"
+    examples: tuple[torch.Tensor, ...] = ()
+    pruned: bool = False
+
+    def run(self, budget: Budget) -> Shrunk:
+        whole = copy.deepcopy(self.module).eval()
+        self._measure(whole, 0.0)
+        first = self.folder / self.state.points[0].bundle
+        costs = self.engines.layers(first) if FP32 in self.state.points[0].precision else {}
+        total = Channels(copy.deepcopy(whole), self.examples).total
+        current = whole
+        for share in self.plan.shares:
+            if self._is_over(budget):
+                break
+            current = self._variant(current, whole, share, total, costs)
+            self._measure(current, share)
+        points, task = tuple(self.state.points), self.data.task
+        front = front_of(points, task)
+        plot(points, front, task, self.folder / PLOT)
+        best = choose(points, budget, task)
+        if best is None:
+            nearest = min(
+                points, key=lambda point: (lost(point, points[0], task) > (budget.drop or 1e9), point.ratio[0])
+            )
+            raise BudgetExceeded(
+                f"no variant holds to the budget; nearest is {describe(nearest, points[0], task)}",
+                where=[str(self.folder / nearest.bundle)],
+                hint="more --epochs or a gentler --shares recover more; all that was made is in the folder",
+            )
+        return Shrunk(points, front, best, task)
+
+    def _is_over(self, budget: Budget) -> bool:
+        """Tell whether going on makes no sense: the smallest in fp32 has lost too much already."""
+        last = [point for point in self.state.points if point.share == self.state.points[-1].share]
+        least = min(lost(point, self.state.points[0], self.data.task) for point in last)
+        return budget.drop is not None and least > budget.drop
+
+    def _variant(
+        self, before: nn.Module, whole: nn.Module, share: float, total: int, costs: dict[str, float]
+    ) -> nn.Module:
+        """Return a module with a share of the channels gone: made before, or from the next larger one."""
+        path = self.folder / f"{share:.2f}.safetensors"
+        if path.exists():
+            made = copy.deepcopy(self.module)
+            load_weights(made, path)
+            return made.eval()
+        made = copy.deepcopy(before)
+        channels = Channels(made, self.examples)
+        part = max(0.0, 1 - total * (1 - share) / channels.total)
+        pruning = Pruning(amount=0.5, importance=self.plan.importance, multiple=self.plan.multiple)
+        importance = importance_of(pruning, made, self.data, self.recipe.batch)
+        channels.prune(part, importance, cost=cost_of(costs), multiple=self.plan.multiple, most=self.plan.most)
+        made.zero_grad(set_to_none=True)
+        job = Job(
+            made,
+            self.recipe,
+            self.data.task,
+            self.data.train,
+            self.data.validation,
+            objective=Distillation(whole, made, self.data.task, self.plan.lessons),
+            checkpoint=checkpoint_of(path),
+            identity={"run": digest_json(self.state.identity), "share": f"{share}"},
+            accelerator=self.accelerator,
+        )
+        fit(job, self.watcher)
+        save_weights(made, path, pruned=True)
+        checkpoint_of(path).unlink(missing_ok=True)
+        return made.eval()
+
+    def _measure(self, module: nn.Module, share: float) -> None:
+        """Build and measure what is not measured yet of a share."""
+        precisions = (
+            (FP32, *(each for each in self.plan.precisions if each != FP32)) if not share else self.plan.precisions
+        )
+        for precision in precisions:
+            if any((point.share, point.precision) == (share, precision) for point in self.state.points):
+                continue
+            bundle = self.folder / f"{share:.2f}-{precision}.cnncc"
+            self.engines.build(module, bundle, self._calibration() if precision == INT8 else None)
+            whole = self.folder / (self.state.points[0].bundle if self.state.points else bundle.name)
+            measured = self.engines.compare({"whole": whole} | ({} if whole == bundle else {"variant": bundle}))
+            found = measured.get("variant", measured["whole"])
+            seconds = found.ratio[0] * self.state.points[0].seconds if self.state.points else found.seconds
+            point = Point(
+                share,
+                precision,
+                self._metric(module, bundle, precision),
+                seconds,
+                found.ratio,
+                found.size,
+                sum(parameter.numel() for parameter in module.parameters()),
+                f"{share:.2f}.safetensors" if share else "",
+                bundle.name,
+            )
+            self.state.points.append(point)
+            write_state(self.folder, self.state)
+            self.told(point)
+
+    def _calibration(self) -> Calibration:
+        return Calibration(
+            self.material.data,
+            self.material.validation,
+            samples=self.plan.samples,
+            skip_bad=self.material.skip_bad,
+            preprocessing=self.material.preprocessing,
+        )
+
+    def _metric(self, module: nn.Module, bundle: Path, precision: str) -> float:
+        """Return the metric: of the module, whose engine was proven; of int8, as its calibration measured it."""
+        validation = self.data.validation
+        assert validation is not None
+        plain = evaluate(module, self.data.task, validation)
+        if precision == FP32:
+            return plain
+        table = read_table(read_bundle(bundle).file(CALIBRATION))
+        if table.accuracy is None or not table.accuracy.metric or not self.data.task.percent:
+            raise UsageError(
+                "int8 is judged by top-1 or mIoU, which this task has not", hint="--precisions fp32 leaves int8 out"
+            )
+        return table.accuracy.int8 / 100
+
+
+def describe(point: Point, whole: Point, task: Task) -> str:
+    """Return a point in a line."""
+    gone = f"{point.share:.0%} of the channels gone" if point.share else "the whole model"
+    return (
+        f"{gone}, {point.precision}: {task.text(point.metric)}, {point.seconds * 1e3:.3f} ms, "
+        f"{1 / point.ratio[0]:.2f} × as fast, {point.size / whole.size:.0%} of the size"
+    )
+
+
+def _state(folder: Path, identity: dict[str, str], *, fresh: bool) -> _State:
+    path = folder / _STATE
+    made = _State(_SCHEMA, identity, [])
+    with storage_errors(path):
+        data = path.read_bytes() if path.exists() else b""
+    if not data or fresh:
+        if fresh:
+            for old in [*folder.glob("*.safetensors"), *folder.glob("*.checkpoint")]:
+                with storage_errors(old):
+                    old.unlink()
+        write_state(folder, made)
+        return made
+    try:
+        found = msgspec.json.decode(data, type=_State)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path} is damaged: {exc}", hint="--fresh begins anew") from exc
+    names = sorted(name for name in identity if found.identity.get(name) != identity[name])
+    if found.schema != _SCHEMA or names:
+        raise UsageError(
+            f"{folder} holds another run: it differs in {', '.join(names) or 'its form'}",
+            hint="the command that it began with goes on from it; --fresh begins anew, or choose another -o",
+        )
+    return found
+
+
+def write_state(folder: Path, state: _State) -> None:
+    """Write how far a run is."""
+    with atomic_file(folder / _STATE) as path:
+        path.write_bytes(canonical_json(msgspec.to_builtins(state)))
