@@ -1,8 +1,8 @@
 """`shrink()`: a model, smaller and smaller, each size fine-tuned, compiled, measured; and which of them to take.
 
-Every size begins with the one before: channels go, what is left learns from the whole model (`cnncc.compression.distil`),
-and becomes an engine for each precision, timed in turns with the whole model's. What is done lies in a folder, so that a
-run that was cut short goes on, and its results so far are of use at any time.
+Every size begins with the one before: channels go, what is left learns from the whole model
+(`cnncc.compression.distil`), and becomes an engine for each precision, timed in turns with the whole model's. What is
+done lies in a folder, so that a run that was cut short goes on, and its results so far are of use at any time.
 
     shrink.json           what it depends on, and the points so far
     SHARE.safetensors     weights with that share of the channels gone
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -139,7 +139,7 @@ class Plan:
     importance: str = "magnitude"
     multiple: int = 8
     most: float = 0.9
-    lessons: Lessons = Lessons()
+    lessons: Lessons = field(default_factory=Lessons)
     samples: int = 512
 
     def check(self) -> None:

@@ -1,0 +1,93 @@
+"""Which variant is taken: the front, and budgets."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cnncc.compression.pareto_plot import plot
+from cnncc.compression.shrink import Budget, Plan, Point, choose, describe, front_of, lost
+from cnncc.compression.task import task_of
+from cnncc_runtime.errors import UsageError
+
+TOP_1, ERROR = task_of("classification"), task_of("regression")
+
+
+def point(seconds: float, metric: float, size: int = 100, share: float = 0.5, precision: str = "fp32") -> Point:
+    return Point(share, precision, metric, seconds, (seconds, seconds, seconds), size, 10, "w", f"{seconds}-{metric}")
+
+
+WHOLE = point(1.0, 0.95, share=0.0)
+POINTS = st.lists(st.builds(point, st.floats(0.01, 2), st.floats(0, 1), st.integers(1, 200)), min_size=1, max_size=12)
+
+
+@given(POINTS, st.sampled_from([TOP_1, ERROR]))
+def test_nothing_beats_the_front_and_the_front_beats_all_else(points: list[Point], task: object) -> None:
+    front = front_of(points, task)  # type: ignore[arg-type]
+    sign = 1 if task is TOP_1 else -1
+
+    def beats(one: Point, other: Point) -> bool:
+        as_good = one.ratio[0] <= other.ratio[0] and sign * one.metric >= sign * other.metric
+        return as_good and (one.ratio[0] < other.ratio[0] or sign * one.metric > sign * other.metric)
+
+    assert front
+    assert not any(beats(one, other) for one in points for other in front)
+    left = [each for each in points if each not in front]
+    assert all(any(beats(one, each) or one.ratio == each.ratio for one in front) for each in left)
+
+
+@given(POINTS, st.floats(0.01, 2), st.integers(1, 200), st.floats(0, 50))
+def test_what_is_chosen_holds_to_every_budget(points: list[Point], latency: float, size: int, drop: float) -> None:
+    all_points = [WHOLE, *points]
+    budget = Budget(latency, size, drop)
+    found = choose(all_points, budget, TOP_1)
+    within = [
+        each
+        for each in all_points
+        if each.seconds <= latency and each.size <= size and 100 * (WHOLE.metric - each.metric) <= drop
+    ]
+    assert (found is None) == (not within)
+    assert found is None or found.metric == max(each.metric for each in within)
+
+
+def test_without_a_bound_of_time_or_size_the_fastest_is_taken() -> None:
+    points = [WHOLE, point(0.5, 0.945), point(0.3, 0.942), point(0.1, 0.8)]
+    assert choose(points, Budget(drop=1.0), TOP_1) is points[2]
+    assert choose(points, Budget(latency=0.6), TOP_1) is points[1]
+    assert choose(points, Budget(latency=0.01), TOP_1) is None
+
+
+def test_what_is_lost_is_counted_in_points_and_from_the_better_side() -> None:
+    assert lost(point(1, 0.90), WHOLE, TOP_1) == pytest.approx(5)
+    assert lost(point(1, 0.99), WHOLE, TOP_1) == pytest.approx(-4)
+    assert lost(point(1, 0.99), WHOLE, ERROR) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(shares=()), Plan(shares=(0.5, 0.2)), Plan(shares=(0.0,)), Plan(shares=(0.5, 1.0)), Plan(precisions=()),
+        Plan(precisions=("fp16",)), Plan(importance="luck"), Plan(multiple=0),
+    ],
+)  # fmt: skip
+def test_a_plan_that_makes_no_sense_is_refused(plan: Plan) -> None:
+    with pytest.raises(UsageError):
+        plan.check()
+
+
+def test_the_plot_is_the_same_picture_each_time(tmp_path: Path) -> None:
+    points = [WHOLE, point(0.5, 0.94), point(0.4, 0.93, precision="int8")]
+    for name in ("one.svg", "two.svg"):
+        plot(points, front_of(points, TOP_1), TOP_1, tmp_path / name)
+    text = (tmp_path / "one.svg").read_text()
+    assert ET.fromstring(text).tag.endswith("svg")
+    assert "latency, ms" in text.replace("<!-- ", "").replace(" -->", "")
+
+
+def test_a_point_is_described_beside_the_whole() -> None:
+    said = describe(point(0.25, 0.94, 40, precision="int8"), WHOLE, TOP_1)
+    assert said == "50% of the channels gone, int8: top-1 94.00 %, 250.000 ms, 4.00 × as fast, 40% of the size"
