@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from cnncc.cli.options import (
     MODEL_HELP,
     calibration_of,
     calibration_options,
+    given_flags,
     model_options,
     model_request,
     open_cache,
@@ -252,22 +253,12 @@ def _check_target_flags(targets: set[str]) -> None:
     Raises:
         UsageError: Names the flag.
     """
-    if _CUDA not in targets and (given := _given(NAMES)):
+    if _CUDA not in targets and (given := given_flags(NAMES)):
         raise UsageError(f"{given[0]} is for --target {_CUDA}", hint=f"leave it out, or add --target {_CUDA}")
-    if targets == {_CUDA} and (given := _given(_KERNEL_FLAGS)):
+    if targets == {_CUDA} and (given := given_flags(_KERNEL_FLAGS)):
         raise UsageError(
             f"{given[0]} says nothing to --target {_CUDA}", hint="leave it out: TensorRT brings what it needs"
         )
-
-
-def _given(names: Collection[str]) -> list[str]:
-    """Return the flags that the user gave, among parameters of this command."""
-    context = click.get_current_context()
-    return [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name in names and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
-    ]
 
 
 def _calibration(

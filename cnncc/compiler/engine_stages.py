@@ -149,7 +149,7 @@ def quantized(job: Job) -> Variant:
         return Variant(request.precision, graph, _build_stage(job, graph))
     if request.table is not None:
         table = read_table(request.table)
-        _check_preprocessing(table, request.preprocessing or preprocessing_of(job.export))
+        check_preprocessing(table, request.preprocessing or preprocessing_of(job.export))
         return _by_table(job, table)
     return _by_table(job, table_of(_calibration(job, ()), job.reporter))
 
@@ -184,7 +184,7 @@ def _narrowed(job: Job, graph: Stage, precision: str) -> Stage:
     return narrow_stage(job.export, job.clean, graph, narrowing, job.cache, job.reporter)
 
 
-def _check_preprocessing(table: CalibrationTable, wanted: Preprocessing | None) -> None:
+def check_preprocessing(table: CalibrationTable, wanted: Preprocessing | None) -> None:
     """Refuse a table whose images came through another contract than the bundle's will.
 
     Raises:
