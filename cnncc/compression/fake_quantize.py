@@ -58,7 +58,8 @@ class QuantizedNetwork(GraphNetwork):
         plan = plan_for(graph, layers, float_adds=float_adds)
         self._floating = plan.floating
         shifted = taken_shifts(graph, plan, shifts or {})
-        self._groups = {name: index for index, group in enumerate(plan.groups) for name in group.tensors}
+        self.groups = {name: index for index, group in enumerate(plan.groups) for name in group.tensors}
+        """Tensor → its place among `scales`."""
         first = [shifted[g.tensors[0]].scale if g.tensors[0] in shifted else scales[g.tensors[0]] for g in plan.groups]
         self.register_buffer("start", torch.tensor(first, dtype=torch.float32))
         self.growth = nn.Parameter(torch.zeros(len(first)), requires_grad=learn_scales)
@@ -78,7 +79,7 @@ class QuantizedNetwork(GraphNetwork):
         found = super().operands(node, values)
         if node.name not in self._floating and node.op_type not in VALUELESS:
             for index, name in enumerate(node.input):
-                if name in self._groups:
+                if name in self.groups:
                     found[index] = self._rounded(name, values)
         layer = self._layers.get(node.name)
         if layer is not None:
@@ -87,16 +88,24 @@ class QuantizedNetwork(GraphNetwork):
                 found[2:] = [self._with_shift(found[1], layer, values)]
         return found
 
-    def quantized(self) -> OnnxGraph:
-        """Return the Q/DQ graph, by the one writer that there is."""
-        scales = [float(scale) for scale in self.scales().detach().cpu()]
-        by_tensor = {name: scales[index] for name, index in self._groups.items()}
-        shifts = {name: Shift(self._amount(name).item(), by_tensor[name]) for name in self._steps}
+    def learned(self) -> tuple[dict[str, float], dict[str, Shift]]:
+        """Return tensor → scale and tensor → shift, as they are now."""
+        each = [float(scale) for scale in self.scales().detach().cpu()]
+        scales = {name: each[index] for name, index in self.groups.items()}
+        return scales, {name: Shift(self._amount(name).item(), scales[name]) for name in self._steps}
+
+    def quantized(self, digest: str = "") -> OnnxGraph:
+        """Return the Q/DQ graph, by the one writer that there is.
+
+        Args:
+            digest: Of the calibration table that says the same, to be noted in the model.
+        """
+        scales, shifts = self.learned()
         layers = tuple(self._layers.values())
-        return write(self.trained_graph(), layers, by_tensor, shifts, float_adds=self._float_adds)
+        return write(self.trained_graph(), layers, scales, shifts, digest, float_adds=self._float_adds)
 
     def _amount(self, name: str) -> torch.Tensor:
-        return self._steps[name] * self.scales()[self._groups[name]]
+        return self._steps[name] * self.scales()[self.groups[name]]
 
     def _rounded(self, name: str, values: dict[str, torch.Tensor]) -> torch.Tensor:
         key = f"{name} rounded"  # no name of ONNX's that anybody reads: made once, for all readers
@@ -104,7 +113,7 @@ class QuantizedNetwork(GraphNetwork):
             x = values[name]
             if name in self._steps and name not in self._moved:
                 x = x - self._amount(name)
-            values[key] = fake_quantize(x, self.scales()[self._groups[name]])
+            values[key] = fake_quantize(x, self.scales()[self.groups[name]])
         return values[key]
 
     def _with_shift(self, weight: torch.Tensor, layer: Layer, values: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cnncc.calibration.table import table_from_bytes
+from cnncc.compression import training
+from cnncc_runtime.bundle import read_bundle
 from cnncc_runtime.session import load
 from tests.calibration.rtx import rtx_executed_types
 from tests.cli.harness import call
@@ -78,6 +82,26 @@ def test_what_calibration_lost_is_won_back_from_a_model_of_one_image(folder: Pat
     assert ops[0] == ops[1]
 
 
+def test_a_training_that_was_interrupted_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("quantize", *MODEL, "--calib", "calib.json", "--qat", "2", *TRAINING, "-o", "cut.onnx")
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY", 0.0)
+        patch.setattr(training._Fit, "_end_epoch", cut)
+        assert "goes on from cut.onnx.checkpoint" in call(*command, code=130).stderr
+    assert not Path("cut.onnx").exists()
+    told = call(*command, "--lr", "0.01", code=2)
+    assert "another training: it differs in rate" in told.stderr
+    assert "goes on from cut.onnx.checkpoint: epoch 1" in call(*command).stderr
+    whole = Path("cut.onnx").read_bytes()
+    call(*command, "-q")
+    assert Path("cut.onnx").read_bytes() == whole
+    assert not Path("cut.onnx.checkpoint").exists()
+
+
 @pytest.mark.slow
 def test_the_file_becomes_engines_that_keep_what_was_won(folder: Path) -> None:
     found = call(
@@ -91,6 +115,53 @@ def test_the_file_becomes_engines_that_keep_what_was_won(folder: Path) -> None:
         reached = float((np.array(classes) == held["y"]).mean())
     assert reached == pytest.approx(found["qat"]["reached"], abs=0.011)
     assert set(rtx_executed_types(Path("t.onnx")).values()) == {"int8"}
+
+
+@pytest.mark.slow
+def test_a_compile_trains_what_calibration_loses_and_only_that(folder: Path) -> None:
+    flags = ("compile", *MODEL, "--precision", "int8", "--method", "max", "--no-equalize", "--allow-slow", "--data",
+             "train.npz", "--val", "held.npz", "--qat", "4")  # fmt: skip
+    made = call(*flags, "--max-accuracy-drop", "10", "-o", "won.cnncc")
+    assert "qat" in made.stderr
+    assert "3 of 3 layers int8" in made.stderr
+    bundle = read_bundle(Path("won.cnncc"))
+    assert (bundle.manifest.precision, bundle.manifest.parity) == ("int8", "passed")
+    table = table_from_bytes(bundle.file("calibration.json").read_bytes(), "the bundle's table")
+    assert table.accuracy is not None
+    assert table.accuracy.fp32 - table.accuracy.int8 <= 10
+    assert {group.method for group in table.groups} == {"trained"}
+    again = call(*flags, "--max-accuracy-drop", "10", "-o", "won.cnncc")
+    assert re.search(r"= qat +reused", again.stderr)
+    assert "unchanged" in again.stdout
+
+    missed = call(*flags, "--qat-lr", "1e-9", "--max-accuracy-drop", "10", "-o", "missed.cnncc", code=1)
+    assert "points of top-1 after training, and 10 may be lost" in missed.stderr
+    assert not Path("missed.cnncc").exists()
+    spared = call(*flags, "--max-accuracy-drop", "90", "-o", "spared.cnncc")
+    assert "nothing was trained: calibration alone loses" in spared.stderr
+    assert "epochs" not in spared.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--precision", "auto", "--val", "held.npz"), "--qat does not go with --precision auto"),
+        (("--precision", "int8", "--min-sqnr", "20"), "--qat does not go with --min-sqnr"),
+        (("--precision", "int8", "--qat-lr", "-1"), "a learning rate of -1"),
+        ((), "--qat does not go with --precision fp32"),
+    ],
+)
+def test_what_training_in_a_compile_does_not_go_with_is_refused(
+    folder: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    told = call("compile", *MODEL, "--data", "train.npz", "--qat", "1", *arguments, "-o", "refused.cnncc", code=2)
+    assert said in told.stderr
+    told = call("compile", *MODEL, "--qat-lr", "0.1", "-o", "refused.cnncc", code=2)
+    assert "--qat-lr says nothing without --qat" in told.stderr
+    told = call("compile", *MODEL, "--precision", "int8", "--calib", "calib.json", "--qat", "1", "--qat-data",
+                "train.npz", "-o", "refused.cnncc", code=2)  # fmt: skip
+    assert "--qat does not go with --calib" in told.stderr
+    assert not Path("refused.cnncc").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from onnx import numpy_helper
 
 from cnncc.calibration.calibrate import Job as Calibrating
 from cnncc.calibration.calibrate import Options, calibrate
-from cnncc.calibration.table import CalibrationTable
+from cnncc.calibration.quantize import quantize
+from cnncc.calibration.table import CalibrationTable, table_from_bytes
 from cnncc.compression import training
 from cnncc.compression.examples import Examples
 from cnncc.compression.graph_network import GraphNetwork
@@ -105,6 +106,26 @@ def test_training_wins_back_what_calibration_lost(
     assert data.validation is not None
     assert top_1(made.graph, data.validation) == pytest.approx(made.reached, abs=0.011)
     assert {node.op_type for node in made.graph.nodes} >= {"QuantizeLinear", "DequantizeLinear"}
+    assert quantize(made.floats, made.table, name="net").digest == made.graph.digest
+    assert table_from_bytes(made.table.to_bytes(), "the table") == made.table
+    with pytest.raises(DataRefused, match="the table was calibrated for"):
+        quantize(graph, made.table, name="net")
+
+
+def test_what_calibration_did_to_the_model_is_in_the_trained_one(data: Opened) -> None:
+    net = Net("N", 3, 12, 12, seed=1)
+    low, high = net.constant("low", np.float32(0.0)), net.constant("high", np.float32(6.0))
+    x = net.node("Clip", [net.conv("x", 16, "first"), low, high])
+    x = net.node("MaxPool", [x], kernel_shape=[3, 3], strides=[3, 3])
+    x = net.node("Relu", [net.conv(x, 16, "second", kernel=1)])
+    x = net.conv(x, 16, "third", kernel=1)
+    net.gemm(net.node("Flatten", [x], size=256), CLASSES, "head")
+    graph = uneven(net.graph())
+    table = calibrate(Calibrating(graph, "net", "0.0", stream_of(bars(32, 0)[0]), options=Options(keep=("net.third",))))
+    assert table.equalization or table.relu6_to_relu or table.shifts
+    made, _ = tuned(graph, table, replace(data, validation=None), replace(RECIPE, epochs=1))
+    assert quantize(made.floats, made.table, name="net").digest == made.graph.digest
+    assert [layer.why for layer in made.table.layers] == ["", "", "asked", ""]
 
 
 def test_scales_are_learned_unless_they_are_to_stay(graph: OnnxGraph, table: CalibrationTable, data: Opened) -> None:
@@ -131,8 +152,6 @@ def test_calibration_is_kept_where_no_epoch_betters_it(graph: OnnxGraph, table: 
 
 def tuned_none(graph: OnnxGraph, table: CalibrationTable) -> OnnxGraph:
     """Return what calibration alone makes of a graph."""
-    from cnncc.calibration.quantize import quantize
-
     return quantize(graph, table, name="net")
 
 
