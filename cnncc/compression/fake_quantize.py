@@ -88,6 +88,11 @@ class QuantizedNetwork(GraphNetwork):
                 found[2:] = [self._with_shift(found[1], layer, values)]
         return found
 
+    def forget(self, name: str, values: dict[str, torch.Tensor]) -> None:
+        """Let go of a value, and of what it was rounded to."""
+        super().forget(name, values)
+        values.pop(_rounded_name(name), None)
+
     def learned(self) -> tuple[dict[str, float], dict[str, Shift]]:
         """Return tensor → scale and tensor → shift, as they are now."""
         each = [float(scale) for scale in self.scales().detach().cpu()]
@@ -108,8 +113,8 @@ class QuantizedNetwork(GraphNetwork):
         return self._steps[name] * self.scales()[self.groups[name]]
 
     def _rounded(self, name: str, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        key = f"{name} rounded"  # no name of ONNX's that anybody reads: made once, for all readers
-        if key not in values:
+        key = _rounded_name(name)
+        if key not in values:  # made once, for all readers
             x = values[name]
             if name in self._steps and name not in self._moved:
                 x = x - self._amount(name)
@@ -120,6 +125,11 @@ class QuantizedNetwork(GraphNetwork):
         others = [axis for axis in range(weight.ndim) if axis != layer.axis]
         taken = self._amount(layer.tensor).double() * weight.double().sum(dim=others)
         return (taken + values[layer.bias] if layer.bias else taken).to(weight.dtype)
+
+
+def _rounded_name(name: str) -> str:
+    """Return a name that no value of a graph bears."""
+    return f"{name} rounded, at no node"
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,9 @@ Value = torch.Tensor
 Operator = Callable[..., "Value | tuple[Value, ...]"]
 """Operands (None where one is left out), and attributes by name → what a node gives."""
 
+_NEAR = 1e-3
+"""Share of the largest output by which sums in another order may move outputs."""
+
 
 class GraphNetwork(nn.Module):
     """A graph in float32, to be run on batches of any size and trained.
@@ -48,6 +51,7 @@ class GraphNetwork(nn.Module):
         self._attributes = [_attributes(node) for node in self._nodes]
         self._inputs = [spec.name for spec in graph.inputs]
         self._outputs = [spec.name for spec in graph.outputs]
+        self._done = _last_reads(self._nodes, self._outputs)
         first = graph.inputs[0].shape[0] if graph.inputs[0].shape else None
         self._batch = first if isinstance(first, int) else None
         trained = {
@@ -77,22 +81,28 @@ class GraphNetwork(nn.Module):
             ModelRefused: A node fails on this batch.
         """
         values: dict[str, Value] = {**self._constants(), **dict(zip(self._inputs, inputs, strict=True))}
-        for node, attributes in zip(self._nodes, self._attributes, strict=True):
+        for node, attributes, done in zip(self._nodes, self._attributes, self._done, strict=True):
             operands = self.operands(node, values)
             if node.op_type in ("Reshape", "Expand"):
-                operands[1] = self._rebatched(operands[0], operands[1])
+                operands[1] = self._rebatched(operands[0], operands[1], inputs[0].shape[0] if inputs[0].ndim else 1)
             try:
                 made = _OPERATORS[node.op_type](*operands, **attributes)
             except (RuntimeError, ValueError, IndexError, TypeError) as exc:
                 reason = (str(exc).splitlines() or [type(exc).__name__])[0][:200]
                 raise ModelRefused(f"{place(node)} fails in training: {reason}") from exc
             values.update(zip(node.output, made if isinstance(made, tuple) else (made,), strict=False))
+            for name in done:
+                self.forget(name, values)
         found = tuple(values[name] for name in self._outputs)
         return found[0] if len(found) == 1 else found
 
     def operands(self, node: onnx.NodeProto, values: dict[str, Value]) -> list[Any]:
         """Return what a node reads; None where an operand is left out."""
         return [values[name] if name else None for name in node.input]
+
+    def forget(self, name: str, values: dict[str, Value]) -> None:
+        """Let go of a value that nobody reads any more."""
+        values.pop(name, None)
 
     def trained_graph(self) -> OnnxGraph:
         """Return the graph with the weights as they are now."""
@@ -108,12 +118,12 @@ class GraphNetwork(nn.Module):
         found.update(zip(self.names, self.weights, strict=True))
         return found
 
-    def _rebatched(self, x: Value, shape: Value) -> Value:
+    def _rebatched(self, x: Value, shape: Value, batch: int) -> Value:
         """Return a shape that was written for the batch of the graph, for the batch that there is."""
-        if self._batch is None or not x.ndim or not len(shape):
+        if self._batch in (None, batch) or not x.ndim or not len(shape):
             return shape
-        if int(shape[0]) == self._batch != x.shape[0]:
-            return torch.cat([torch.tensor([x.shape[0]]), shape[1:]])
+        if int(shape[0]) == self._batch and x.shape[0] == batch:
+            return torch.cat([torch.tensor([batch]), shape[1:]])
         return shape
 
 
@@ -136,7 +146,8 @@ def check_batches(network: GraphNetwork, inputs: tuple[Value, ...]) -> None:
             raise ModelRefused(f"the model takes no batches: {exc.args[0]}", hint=hint) from exc
     for several, each in zip(_several(together), zip(*map(_several, one_by_one), strict=True), strict=True):
         single = torch.cat(each) if each[0].ndim else torch.stack(each)
-        if several.shape != single.shape or not torch.allclose(several, single, rtol=1e-3, atol=1e-4):
+        near = _NEAR * float(single.abs().max()) if single.numel() else 0.0
+        if several.shape != single.shape or not torch.allclose(several, single, rtol=0.0, atol=near):
             raise ModelRefused("the model gives something else for a batch than for its samples", hint=hint)
 
 
@@ -160,6 +171,16 @@ def _check(graph: OnnxGraph) -> None:
             where=[f"{module_path(node)} ({node.op_type})" for node in bad],
             hint="quantize the model without training it",
         )
+
+
+def _last_reads(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[list[str]]:
+    """Return for each node the values that it is the last to read, or that nobody reads."""
+    last = {name: index for index, node in enumerate(nodes) for name in (*node.output, *node.input) if name}
+    found: list[list[str]] = [[] for _ in nodes]
+    for name, index in last.items():
+        if name not in outputs:
+            found[index].append(name)
+    return found
 
 
 def _tensor(proto: onnx.TensorProto) -> Value:

@@ -66,6 +66,17 @@ class Tuning:
     accelerator: str = "auto"
     workers: int = 0
 
+    def lessons(self) -> Lessons | None:
+        """Return what the float model teaches; None for nothing.
+
+        Raises:
+            UsageError: A number is out of its bounds.
+        """
+        lessons = Lessons(self.temperature, self.alpha)
+        if self.alpha:
+            lessons.check()
+        return lessons if self.alpha else None
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -124,6 +135,7 @@ def tune(
         TrainingDiverged: The loss became NaN or infinite.
     """
     recipe.check()
+    lessons = tuning.lessons()
     if recipe.precision != "fp32":
         raise UsageError("a quantized network is trained in float32: its rounding is the engine's", hint="no --amp")
     name = name or table.model.name
@@ -149,8 +161,7 @@ def tune(
     if validation is not None:
         watcher.note(f"float {opened.task.text(fp32)}, calibrated {opened.task.text(calibrated)}")
     start = copy.deepcopy(network.state_dict())
-    lessons = Lessons(tuning.temperature, tuning.alpha)
-    objective = Distillation(model, network, opened.task, lessons) if tuning.alpha else None
+    objective = Distillation(model, network, opened.task, lessons) if lessons else None
     job = Job(
         network,
         recipe,
@@ -223,7 +234,7 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
         UsageError: The recipe or the tuning makes no sense.
     """
     recipe.check()
-    Lessons(tuning.temperature, tuning.alpha).check()
+    tuning.lessons()
 
     def stage(
         export: Stage,
@@ -343,6 +354,7 @@ def quantize_aware(
     with storage_errors(output):
         output.parent.stat()
     recipe.check()
+    tuning.lessons()
     found = read_table(table)
     export = export_stage(request, cache, reporter)
     clean = clean_stage(export, cache, reporter)

@@ -196,6 +196,14 @@ def test_a_student_learns_from_the_teacher_alone(tmp_path: Path) -> None:
     assert evaluate(student, TASK, held) > 0.9
 
 
+def test_a_student_in_half_precision_is_taught_in_float32(tmp_path: Path) -> None:
+    student = net()
+    found = objective(LAYERS, student)
+    fit(job(tmp_path, student, found, recipe=Recipe(epochs=1, batch=16, precision="bf16")), Silence())
+    assert found.regressors is not None
+    assert {p.dtype for p in (*student.parameters(), *found.regressors.parameters())} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("lessons", "said"),
     [

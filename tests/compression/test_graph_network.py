@@ -182,6 +182,24 @@ def test_a_graph_of_one_image_takes_batches() -> None:
         np.testing.assert_allclose(row.detach().numpy(), wanted[0], atol=1e-5)
 
 
+def test_values_are_let_go_of_after_their_last_reader() -> None:
+    held: list[int] = []
+
+    class Watched(GraphNetwork):
+        def forget(self, name: str, values: dict[str, torch.Tensor]) -> None:
+            super().forget(name, values)
+            held.append(len(values.keys() - set(self.names)))
+
+    net = Net(1, 3, 8, 8)
+    x = skip = net.node("Relu", ["x"])
+    for _ in range(6):
+        x = net.node("Relu", [net.conv(x, 3)])
+    net.node("Add", [x, skip])
+    network = Watched(net.graph())
+    network(torch.zeros(2, 3, 8, 8))
+    assert max(held) <= 3
+
+
 def test_a_graph_that_mixes_images_is_refused() -> None:
     net = Net(1, 3, 8, 8)
     net.node("Sub", ["x", net.node("ReduceMean", ["x", net.constant("axes", np.int64([0]))])])

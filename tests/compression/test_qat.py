@@ -208,6 +208,15 @@ def test_another_table_or_teacher_is_another_training(
         tune(graph, table, data, RECIPE, replace(CPU, alpha=0.1), Silence(), checkpoint=path)
 
 
+def test_a_moving_average_is_delivered_where_it_is_asked_for(
+    graph: OnnxGraph, table: CalibrationTable, data: Opened
+) -> None:
+    plain, _ = tuned(graph, table, data)
+    made, _ = tuned(graph, table, data, replace(RECIPE, average=0.5))
+    assert made.reached > (made.fp32 + made.calibrated) / 2
+    assert made.graph.digest != plain.graph.digest
+
+
 def test_what_makes_no_sense_is_refused(graph: OnnxGraph, table: CalibrationTable, data: Opened) -> None:
     with pytest.raises(UsageError, match="is trained in float32"):
         tuned(graph, table, data, replace(RECIPE, precision="bf16"))
