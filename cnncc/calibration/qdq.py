@@ -20,7 +20,7 @@ from cnncc.graph.draft import Draft, set_input
 from cnncc.graph.names import MODULE_KEY, node_metadata, set_module_path
 from cnncc.graph.onnx_graph import OnnxGraph
 
-_VALUELESS = ("Shape", "Size")
+VALUELESS = ("Shape", "Size")
 """Operators that read no elements: they need no quantized ones."""
 
 
@@ -40,7 +40,7 @@ def insert_qdq(
     """
     draft = Draft.of(graph)
     quantized = {name: float(scales[name]) for group in plan.groups for name in group.tensors}
-    shifted = _shifted(graph, plan, shifts or {})
+    shifted = taken_shifts(graph, plan, shifts or {})
     quantized |= {name: shift.scale for name, shift in shifted.items()}
     layers = {layer.node: layer for layer in plan.layers}
     pairs: dict[str, list[onnx.NodeProto]] = {}
@@ -54,7 +54,7 @@ def insert_qdq(
     weights: dict[tuple[str, int], str] = {}
     nodes: list[onnx.NodeProto] = [node for value in draft.inputs for node in pairs.get(value.name, ())]
     for node in draft.nodes:
-        if node.name not in plan.floating and node.op_type not in _VALUELESS:
+        if node.name not in plan.floating and node.op_type not in VALUELESS:
             for index, name in enumerate(node.input):
                 node.input[index] = replaced.get(name, name)
         if node.name in layers:
@@ -91,8 +91,14 @@ def quantize_weight(array: NDArray[np.float32], axis: int) -> tuple[NDArray[np.i
     return np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scales
 
 
-def _shifted(graph: OnnxGraph, plan: Plan, shifts: Mapping[str, Shift]) -> dict[str, Shift]:
-    """Return tensor → shift, of the groups that can be shifted in this plan."""
+def taken_shifts(graph: OnnxGraph, plan: Plan, shifts: Mapping[str, Shift]) -> dict[str, Shift]:
+    """Return tensor → shift, of the groups that can be shifted in a plan.
+
+    Args:
+        graph: In float32.
+        plan: Of this graph.
+        shifts: Those that are wanted.
+    """
     able = shiftable(graph, plan)
     return {
         name: shifts[name]

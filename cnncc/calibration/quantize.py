@@ -85,6 +85,19 @@ def prepare(graph: OnnxGraph, table: CalibrationTable) -> OnnxGraph:
     return apply_equalization(graph, [_equalization(record, sites) for record in table.equalization])
 
 
+def corrected(graph: OnnxGraph, table: CalibrationTable) -> tuple[OnnxGraph, tuple[Layer, ...]]:
+    """Return the float graph that a table's scales hold for, biases corrected, and those of its layers that are int8.
+
+    Raises:
+        As `prepare`; DataRefused: The table corrects biases that the model does not have.
+    """
+    graph = prepare(graph, table)
+    layers = layers_of(graph)
+    graph = add_to_biases(graph, layers, _deltas(graph, layers, table))
+    quantized = {layer.node for layer in table.layers if layer.precision == "int8"}
+    return graph, tuple(layer for layer in layers_of(graph) if layer.node in quantized)
+
+
 def equalization_record(done: Equalization) -> EqualizationRecord:
     """Return what a table holds of an equalization."""
     return EqualizationRecord(*_key(done.site), floats_text(np.array(done.scales, np.float32)))

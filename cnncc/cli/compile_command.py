@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from cnncc.cli.options import (
     MODEL_HELP,
     calibration_of,
     calibration_options,
+    given_flags,
     model_options,
     model_request,
     open_cache,
@@ -28,6 +29,7 @@ from cnncc_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from cnncc.compiler.calibration import Calibration
+    from cnncc.compiler.compile_request import Retraining
     from cnncc.compiler.pipeline import Compiled
     from cnncc.targets.base import GpuOptions
 
@@ -92,6 +94,16 @@ _KERNEL_FLAGS = ("runtime", "with_runtime", "winograd", "direct", "winograd_grow
     "--allow-slow", is_flag=True, help="Take int8 without comparing it with fp32; otherwise slower int8 is refused."
 )
 @calibration_options
+@click.option(
+    "--qat",
+    "qat_epochs",
+    type=click.IntRange(1),
+    metavar="EPOCHS",
+    help="Train the int8 model where calibration alone loses more than --max-accuracy-drop; always where that is not "
+    "given.",
+)
+@click.option("--qat-data", default="", help="Labelled data to train on.  [default: --data]")
+@click.option("--qat-lr", type=float, metavar="RATE", help="Largest learning rate.  [default: 0.001]")
 @click.option(
     "--winograd/--no-winograd",
     default=True,
@@ -166,6 +178,9 @@ def command(
     calib: Path | None,
     max_fallback: int | None,
     allow_slow: bool,
+    qat_epochs: int | None,
+    qat_data: str,
+    qat_lr: float | None,
     winograd: bool,
     direct: tuple[str, ...],
     winograd_growth: float | None,
@@ -209,6 +224,9 @@ def command(
     if precision not in (FP32, AUTO) and max_fallback is None:
         max_fallback = 0
     _check_target_flags(set(targets))
+    if qat_epochs is None and (qat_data or qat_lr is not None):
+        raise UsageError(f"{'--qat-data' if qat_data else '--qat-lr'} says nothing without --qat", hint="add --qat 3")
+    retraining = _retraining(qat_epochs, qat_data or data, qat_lr, given) if qat_epochs is not None else None
     growth = KernelOptions.growth if winograd_growth is None else winograd_growth
     name = base.name.removesuffix(".cnncc")
     requests = []
@@ -237,6 +255,7 @@ def command(
                 precision=precision,
                 calibration=calibration,
                 table=calib,
+                retraining=retraining,
                 float_type=float_type,
                 max_fallback=max_fallback,
                 allow_slow=allow_slow,
@@ -252,22 +271,28 @@ def _check_target_flags(targets: set[str]) -> None:
     Raises:
         UsageError: Names the flag.
     """
-    if _CUDA not in targets and (given := _given(NAMES)):
+    if _CUDA not in targets and (given := given_flags(NAMES)):
         raise UsageError(f"{given[0]} is for --target {_CUDA}", hint=f"leave it out, or add --target {_CUDA}")
-    if targets == {_CUDA} and (given := _given(_KERNEL_FLAGS)):
+    if targets == {_CUDA} and (given := given_flags(_KERNEL_FLAGS)):
         raise UsageError(
             f"{given[0]} says nothing to --target {_CUDA}", hint="leave it out: TensorRT brings what it needs"
         )
 
 
-def _given(names: Collection[str]) -> list[str]:
-    """Return the flags that the user gave, among parameters of this command."""
-    context = click.get_current_context()
-    return [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name in names and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
-    ]
+def _retraining(epochs: int, data: str, rate: float | None, given: Mapping[str, Any]) -> Retraining:
+    """Return what trains an int8 model on DATA.
+
+    Raises:
+        UsageError: There is no data, or the rate is out of its bounds.
+    """
+    from cnncc.compression.qat import Tuning, retraining
+    from cnncc.compression.recipe import Recipe
+    from cnncc.compression.train import Material
+
+    if not data:
+        raise UsageError("--qat needs labelled data to train on", hint="add --qat-data train.npz")
+    recipe = Recipe(epochs=epochs, seed=given["seed"], rate=Recipe.rate if rate is None else rate)
+    return retraining(Material(data, given["val"], skip_bad=given["skip_bad"]), recipe, Tuning())
 
 
 def _calibration(

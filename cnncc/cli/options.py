@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from cnncc.cli.render import Render
 from cnncc_runtime.errors import UsageError
@@ -148,6 +149,16 @@ def model_request(
     from cnncc.compiler.model_reference import ModelRequest
 
     return ModelRequest(model, weights, input_shapes, input_dtypes)
+
+
+def given_flags(names: Collection[str]) -> list[str]:
+    """Return the flags that the user gave, among parameters of the command that runs."""
+    context = click.get_current_context()
+    return [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
 
 
 def open_cache(folder: Path | None, render: Render) -> Cache:

@@ -22,11 +22,23 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def training_options(function: F) -> F:
-    """Add the flags that say on what and how a model is trained."""
+def training_options(function: F, *, required: bool = True) -> F:
+    """Add the flags that say on what and how a model is trained.
+
+    Args:
+        function: The command.
+        required: Whether there must be data: else the command may do something else than train.
+    """
+    data_help = "Labelled: a folder per class, .npz with x and y, file.py:factory."
     for decorate in (
         click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read samples from disk."),
-        click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option(
+            "--accelerator",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="What trains.",
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same weights."),
         click.option(
             "--augment", default="", metavar="LIST", help="flip,shift:PIXELS,rotate:DEGREES,scale:0.1,noise:0.05"
@@ -38,13 +50,27 @@ def training_options(function: F) -> F:
         click.option("--smoothing", type=float, default=0.0, show_default=True, help="Of labels: 0.1"),
         click.option("--ema", "average", type=float, metavar="DECAY", help="Deliver a moving average: 0.999"),
         click.option("--clip", type=float, metavar="NORM", help="Largest norm of the gradients."),
-        click.option("--warmup", type=float, default=0.0, show_default=True, metavar="EPOCHS"),
         click.option(
-            "--schedule", type=click.Choice(["cosine", "one-cycle", "constant"]), default="cosine", show_default=True
+            "--warmup", type=float, default=0.0, show_default=True, metavar="EPOCHS", help="The rate rises over these."
         ),
-        click.option("--weight-decay", type=float, default=0.0, show_default=True),
+        click.option(
+            "--schedule",
+            type=click.Choice(["cosine", "one-cycle", "constant"]),
+            default="cosine",
+            show_default=True,
+            help="Of the learning rate, step by step.",
+        ),
+        click.option(
+            "--weight-decay", type=float, default=0.0, show_default=True, help="Of weights, not of biases and norms."
+        ),
         click.option("--lr", "rate", type=float, default=1e-3, show_default=True, help="Largest learning rate."),
-        click.option("--optimizer", type=click.Choice(["sgd", "adam", "adamw"]), default="adam", show_default=True),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["sgd", "adam", "adamw"]),
+            default="adam",
+            show_default=True,
+            help="sgd has a momentum of 0.9.",
+        ),
         click.option("--batch", "batch_size", type=int, default=32, show_default=True, help="Samples of a step."),
         click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read."),
         click.option("--metric", default="", metavar="REF", help="file.py:name that makes a metric of torchmetrics."),
@@ -56,7 +82,7 @@ def training_options(function: F) -> F:
         ),
         click.option("--preprocess", default="", help="How images become inputs: imagenet, or FILE.toml."),
         click.option("--val", default="", help="Labelled data that weights are chosen by."),
-        click.option("--data", required=True, help="Labelled: a folder per class, .npz with x and y, file.py:factory."),
+        click.option("--data", required=required, default=None if required else "", help=data_help),
     ):
         function = decorate(function)
     return function

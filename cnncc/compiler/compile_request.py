@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cnncc.calibration.table import CalibrationTable
+from cnncc.compiler.cache import Cache
 from cnncc.compiler.calibration import Calibration
 from cnncc.compiler.kernel_stage import Optimize
 from cnncc.compiler.model_reference import ModelRequest
+from cnncc.compiler.reporting import Reporter
+from cnncc.compiler.stage import Stage
 from cnncc.targets.base import VM, GpuOptions, KernelOptions, Profile
 from cnncc_runtime.preprocess import Preprocessing
 
@@ -16,6 +21,13 @@ FP16, BF16 = "fp16", "bf16"
 HALVES = (FP16, BF16)
 CALIBRATED = (INT8, AUTO)
 """Precisions that need scales."""
+
+Retraining = Callable[[Stage, Stage, CalibrationTable, "Preprocessing | None", Cache, Reporter], Stage]
+"""Makes the stage that trains a quantized model, of those that exported and cleaned it, its table and preprocessing.
+
+The stage takes the place of the one that quantizes, and holds the table of what was trained. `cnncc.compression` has
+one, and stands above this package.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class CompileRequest:
             table; or ``auto``: int8 where it pays.
         calibration: How to calibrate, for int8 without a table.
         table: A calibration table made before.
+        retraining: Trains the int8 model where calibration misses the budget of accuracy, or where there is none; None
+            trains nothing.
         runtime: What runs an engine for CPUs: `cnncc.targets.base.VM` or `AOT`.
         with_runtime: Whether the bundle carries what runs it where there is no Python.
         glibc: The oldest C library that the device may have (``2.31``), which that must run on; empty where it is not
@@ -69,6 +83,7 @@ class CompileRequest:
     precision: str = FP32
     calibration: Calibration = field(default_factory=Calibration)
     table: Path | None = None
+    retraining: Retraining | None = None
     runtime: str = VM
     with_runtime: bool = False
     glibc: str = ""

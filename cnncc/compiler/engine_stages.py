@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cnncc.calibration.data import DataSet, load_data
-from cnncc.calibration.table import CalibrationTable, read_table
+from cnncc.calibration.table import AccuracyRecord, CalibrationTable, read_table
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain, predict_apart
 from cnncc.compiler.cache import Cache
-from cnncc.compiler.calibration import calibration_stage, quantize_stage, table_of, tell_findings
-from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest
+from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
+from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest, Retraining
 from cnncc.compiler.device_runtime import DeviceRuntime
 from cnncc.compiler.emulation import can_emulate
 from cnncc.compiler.engine_process import EngineProcess
@@ -148,9 +148,11 @@ def quantized(job: Job) -> Variant:
     if request.precision in HALVES:
         graph = _narrowed(job, clean, request.precision)
         return Variant(request.precision, graph, _build_stage(job, graph))
+    if request.retraining is not None:
+        return _retrained(job, request.retraining)
     if request.table is not None:
         table = read_table(request.table)
-        _check_preprocessing(table, request.preprocessing or preprocessing_of(job.export))
+        check_preprocessing(table, request.preprocessing or preprocessing_of(job.export))
         return _by_table(job, table)
     return _by_table(job, table_of(_calibration(job, ()), job.reporter))
 
@@ -172,7 +174,45 @@ def _calibration(job: Job, floats: tuple[str, ...]) -> Stage:
 
 
 def _by_table(job: Job, table: CalibrationTable) -> Variant:
-    graph = quantize_stage(job.export, job.clean, table, job.cache, job.reporter)
+    return _int8(job, quantize_stage(job.export, job.clean, table, job.cache, job.reporter), table)
+
+
+def _retrained(job: Job, retraining: Retraining) -> Variant:
+    """Return the model in int8, trained unless calibration alone meets the budget, which no layer is kept in float for.
+
+    Raises:
+        BudgetExceeded: It misses the budget of accuracy after training too.
+        UsageError: There is a budget, and no accuracy.
+    """
+    export, clean, cache, reporter = job.export, job.clean, job.cache, job.reporter
+    drop = job.request.calibration.max_accuracy_drop
+    whole = replace(job.request.calibration, max_accuracy_drop=None)
+    table = table_of(calibration_stage(export, clean, whole, cache, reporter), reporter)
+    if drop is not None and not (table.accuracy and table.accuracy.metric):
+        raise UsageError(
+            "there is no accuracy that could drop: the first output is no classes", hint="leave --max-accuracy-drop out"
+        )
+    if drop is not None and table.accuracy is not None and _lost(table.accuracy) <= drop:
+        reporter.note(f"nothing was trained: calibration alone loses {_lost(table.accuracy):.2f} points of {drop:g}")
+        return _by_table(job, table)
+    preprocessing = job.request.preprocessing or preprocessing_of(export)
+    stage = retraining(export, clean, table, preprocessing, cache, reporter)
+    trained = read_table(stage.file(TABLE))
+    if drop is not None and trained.accuracy is not None and _lost(trained.accuracy) > drop:
+        raise BudgetExceeded(
+            f"int8 loses {_lost(trained.accuracy):.2f} points of {trained.accuracy.metric} after training, and "
+            f"{drop:g} may be lost",
+            where=[f"before training it lost {_lost(table.accuracy):.2f}"] if table.accuracy else [],
+            hint="train for more epochs or on more data, or leave --qat out: then layers are kept in float",
+        )
+    return _int8(job, stage, trained)
+
+
+def _lost(accuracy: AccuracyRecord) -> float:
+    return accuracy.fp32 - accuracy.int8
+
+
+def _int8(job: Job, graph: Stage, table: CalibrationTable) -> Variant:
     if job.request.float_type != FP32:
         graph = _narrowed(job, graph, job.request.float_type)
     return Variant(INT8, graph, _build_stage(job, graph), table)
@@ -185,7 +225,7 @@ def _narrowed(job: Job, graph: Stage, precision: str) -> Stage:
     return narrow_stage(job.export, job.clean, graph, narrowing, job.cache, job.reporter)
 
 
-def _check_preprocessing(table: CalibrationTable, wanted: Preprocessing | None) -> None:
+def check_preprocessing(table: CalibrationTable, wanted: Preprocessing | None) -> None:
     """Refuse a table whose images came through another contract than the bundle's will.
 
     Raises:

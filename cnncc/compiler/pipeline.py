@@ -5,6 +5,7 @@
     export   MODEL, weights, shapes      → exported.onnx, program.pt2
     clean    exported.onnx               → cleaned.onnx          (numerics proved on the spot)
     calibrate, quantize                  → cleaned.onnx with Q/DQ, calibration.json (only for int8)
+    qat      cleaned.onnx, table, data   → the same, trained     (only where it is asked for)
     narrow   cleaned.onnx                → cleaned.onnx in half precision           (only for fp16 and bf16)
     kernels  cleaned.onnx, measurements  → kernels.json          (only where kernels are measured, or were before)
     build    cleaned.onnx, target        → engine.so, weights.bin
@@ -234,6 +235,8 @@ def _prepare(request: CompileRequest) -> tuple[Target, Preflight]:
     check_output(request.output)
     if request.precision in CALIBRATED and request.table is None:
         request.calibration.check()
+    if request.retraining is not None:
+        _check_retraining(request)
     target = load_target(request.target, request.profile)
     check_optimize(request.optimize, target)
     if request.with_runtime:
@@ -241,6 +244,25 @@ def _prepare(request: CompileRequest) -> tuple[Target, Preflight]:
     if not isinstance(target, Preflighting):
         return target, Preflight((target.name,))
     return target, target.preflight(build_options(request))
+
+
+def _check_retraining(request: CompileRequest) -> None:
+    """Refuse what training a quantized model does not go with.
+
+    Raises:
+        UsageError: Another precision, a table made before, or a budget of noise.
+    """
+    said = {
+        f"--precision {request.precision}": request.precision != INT8,
+        "--calib": request.table is not None,
+        "--min-sqnr": request.calibration.min_sqnr is not None,
+    }
+    if wrong := [flag for flag, given in said.items() if given]:
+        hints = {"--calib": "`cnncc quantize --calib … --qat` trains from a table; compile what it writes"}
+        raise UsageError(
+            f"--qat does not go with {wrong[0]}",
+            hint=hints.get(wrong[0], "--precision int8, and --max-accuracy-drop for a budget"),
+        )
 
 
 def _runtime_compilers(request: CompileRequest) -> Compilers:

@@ -55,6 +55,9 @@ def plot(points: Sequence[Point], front: Sequence[Point], task: Task, path: Path
             label, (point.seconds * 1e3, point.metric * scale), textcoords="offset points", xytext=(5, -10), fontsize=8
         )
     axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.12)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("latency, ms")
     axes.set_ylabel(f"{task.metric}{', %' if task.percent else ''}")
     axes.grid(visible=True, which="both", alpha=0.25)
