@@ -167,6 +167,10 @@ class NetworkFailed(CnnccError):
     exit_code = 20
 
 
+class Paused(NetworkFailed):
+    """It is not the time to download; what came so far is kept."""
+
+
 class FleetBusy(NetworkFailed):
     """Somebody else changes the fleet's metadata now, or did so meanwhile; trying later helps."""
 

@@ -24,6 +24,7 @@ from cnncc_runtime.agent.reports import Report, Spool
 from cnncc_runtime.errors import NetworkFailed, UsageError
 from tests.agent.test_update import Fleet, engine, fleet, own, runs
 from tests.fleet.test_export import export
+from tests.oci import registries
 
 __all__ = ["engine", "fleet", "own"]
 
@@ -114,7 +115,8 @@ def test_a_devices_life(fleet: Fleet, tmp_path: Path) -> None:
     assert "✓ runs release 1.2.0" in device("install", archive)
 
 
-def test_what_goes_wrong_has_its_exit_code(fleet: Fleet) -> None:
+def test_what_goes_wrong_has_its_exit_code(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    registries.impatient(monkeypatch)
     device = enrolled(fleet)
     assert "is enrolled already" in device(
         "enroll", "--root", fleet.folder / "root.json", "--registry", fleet.registry.url, "--name", "vision", code=2

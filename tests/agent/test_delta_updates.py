@@ -24,11 +24,11 @@ from cnncc_runtime.agent.update import Agent, Outcome
 from cnncc_runtime.bundle import read_bundle, write_bundle
 from cnncc_runtime.deltas import DELTA, FROM, PIECE, FileDelta, Piece, delta_manifest, read_delta
 from cnncc_runtime.digests import digest_bytes
-from cnncc_runtime.errors import NetworkFailed, StorageFailed
+from cnncc_runtime.errors import NetworkFailed, Paused, StorageFailed
 from cnncc_runtime.oci.formats import INDEX, MANIFEST, Descriptor, Index, describe, read_index, read_manifest
 from cnncc_runtime.oci.http import Connection
 from cnncc_runtime.oci.registry import Repository
-from cnncc_runtime.oci.transfer import Pace, Paused, upload
+from cnncc_runtime.oci.transfer import Pace, upload
 from tests.agent.test_update import Fleet, engine, fleet, own, runs
 from tests.oci.registries import Fault, FaultProxy
 

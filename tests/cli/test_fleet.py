@@ -47,6 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of the publisher's fleets."""
     monkeypatch.setenv("CNNCC_FLEET_HOME", str(tmp_path / "fleets"))
     monkeypatch.setenv(PASSPHRASE, "a long passphrase")
+    registries.impatient(monkeypatch)
     return tmp_path / "fleets"
 
 

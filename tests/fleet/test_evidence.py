@@ -390,11 +390,10 @@ def test_keys_that_are_not_here_sign_nothing(team: Team) -> None:
     attester = team.attester
     for path in (team.folder / "keys").glob(f"{PROVENANCE}-*.pem"):
         path.unlink()
-    with pytest.raises(StorageFailed):
-        publish(check_bundles(team.bundles), team.repository, "1.0.0", attester=attester)
-    (team.folder / "keys" / "keys.json").write_text("{}")
-    with pytest.raises(UsageError, match="provenance needs 1 keys to sign, 0 of its 1 are here"):
-        publish(check_bundles(team.bundles), team.repository, "1.0.0", attester=attester)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="provenance needs 1 keys to sign, 0 of its 1 are here"):
+            publish(check_bundles(team.bundles), team.repository, "1.0.0", attester=attester)
+        (team.folder / "keys" / "keys.json").write_text("{}")
     assert not team.repository.has("1.0.0")
 
 

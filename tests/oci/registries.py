@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import bcrypt
 import pytest
@@ -147,6 +148,16 @@ class Fault:
 
     kind: str
     at: int = 0
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have connections wait for nothing: between attempts, and as publishers' lock does; its own tests hold that."""
+    begin = Connection.__init__
+
+    def quick(self: Connection, *args: Any, **given: Any) -> None:
+        begin(self, *args, **{"sleep": lambda _: None, **given})
+
+    monkeypatch.setattr(Connection, "__init__", quick)
 
 
 class FaultProxy:

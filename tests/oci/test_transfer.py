@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cnncc_runtime.digests import digest_file
-from cnncc_runtime.errors import NetworkFailed, NotInRegistry, StorageFailed, VerificationFailed
+from cnncc_runtime.errors import NetworkFailed, NotInRegistry, Paused, StorageFailed, VerificationFailed
 from cnncc_runtime.oci.formats import Descriptor
-from cnncc_runtime.oci.transfer import Pace, Paused, download, upload
+from cnncc_runtime.oci.transfer import Pace, download, upload
 from tests.oci import registries
 from tests.oci.registries import Fault, FaultProxy, Registry
 

@@ -25,10 +25,10 @@ from cnncc_runtime.agent.reports import FAILED, INSTALLED, WENT_BACK, Report, Sp
 from cnncc_runtime.agent.unit import STATE, unit_text
 from cnncc_runtime.agent.update import Agent, Enrollment, Outcome
 from cnncc_runtime.cpu import host_machine
-from cnncc_runtime.errors import CnnccError, HealthCheckFailed, NetworkFailed, StorageFailed, UsageError
+from cnncc_runtime.errors import CnnccError, HealthCheckFailed, NetworkFailed, Paused, StorageFailed, UsageError
 from cnncc_runtime.files import storage_errors
 from cnncc_runtime.oci.http import Connection
-from cnncc_runtime.oci.transfer import Pace, Paused
+from cnncc_runtime.oci.transfer import Pace
 
 NOTHING = 10
 """Exit code: the device has what is announced for it."""

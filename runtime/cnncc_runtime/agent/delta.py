@@ -32,6 +32,7 @@ from cnncc_runtime.errors import (
     CnnccError,
     DependencyMissing,
     NetworkFailed,
+    Paused,
     RegistryRefused,
     StorageFailed,
     VerificationFailed,
@@ -39,7 +40,6 @@ from cnncc_runtime.errors import (
 from cnncc_runtime.files import storage_errors, sync
 from cnncc_runtime.oci.formats import Descriptor, read_manifest
 from cnncc_runtime.oci.registry import Repository
-from cnncc_runtime.oci.transfer import Paused
 
 Fetch = Callable[[Descriptor, Path], None]
 """Puts a blob into a file, which then holds it whole, is flushed to disk, and has its digest."""

@@ -15,7 +15,7 @@ import msgspec
 import requests
 
 from cnncc_runtime.digests import digest_bytes, digest_file
-from cnncc_runtime.errors import NetworkFailed, RegistryRefused, VerificationFailed
+from cnncc_runtime.errors import NetworkFailed, Paused, RegistryRefused, VerificationFailed
 from cnncc_runtime.files import atomic_file, storage_errors, sync
 from cnncc_runtime.oci.formats import Descriptor
 from cnncc_runtime.oci.http import pieces
@@ -52,10 +52,6 @@ class Pace:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     wanted: Callable[[], bool] = lambda: True
-
-
-class Paused(NetworkFailed):
-    """The time to download is over; what came so far is kept."""
 
 
 def download(
