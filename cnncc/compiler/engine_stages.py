@@ -16,7 +16,7 @@ from cnncc.calibration.data import DataSet, load_data
 from cnncc.calibration.table import AccuracyRecord, CalibrationTable, read_table
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain, predict_apart
 from cnncc.compiler.cache import Cache
-from cnncc.compiler.calibration import TABLE, calibration_stage, quantize_stage, table_of, tell_findings
+from cnncc.compiler.calibration import calibration_stage, quantize_stage, table_of, tell_findings
 from cnncc.compiler.compile_request import AUTO, FP32, HALVES, INT8, CompileRequest, Retraining
 from cnncc.compiler.device_runtime import DeviceRuntime
 from cnncc.compiler.emulation import can_emulate
@@ -197,7 +197,7 @@ def _retrained(job: Job, retraining: Retraining) -> Variant:
         return _by_table(job, table)
     preprocessing = job.request.preprocessing or preprocessing_of(export)
     stage = retraining(export, clean, table, preprocessing, cache, reporter)
-    trained = read_table(stage.file(TABLE))
+    trained = read_table(stage.file(CALIBRATION))
     if drop is not None and trained.accuracy is not None and _lost(trained.accuracy) > drop:
         raise BudgetExceeded(
             f"int8 loses {_lost(trained.accuracy):.2f} points of {trained.accuracy.metric} after training, and "

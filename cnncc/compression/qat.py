@@ -22,7 +22,7 @@ from cnncc.calibration.quantize import corrected, quantize
 from cnncc.calibration.table import CalibrationTable, ModelDigests, check_model, digests_of, read_table
 from cnncc.calibration.thresholds import LEVELS
 from cnncc.compiler.cache import Cache, default_cache_folder
-from cnncc.compiler.calibration import TABLE, Quantized, check_file, tell_findings
+from cnncc.compiler.calibration import Quantized, check_file, tell_findings
 from cnncc.compiler.compile_request import Retraining
 from cnncc.compiler.engine_stages import check_preprocessing
 from cnncc.compiler.graph_stages import CLEANED, clean_stage, export_stage, preprocessing_of, specs_of
@@ -40,6 +40,7 @@ from cnncc.compression.train import Material, Opened, checkpoint_of, open_materi
 from cnncc.compression.training import Job, Trained, Watcher, evaluate, fit
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import load_trusted, with_shapes
+from cnncc_runtime.bundle import CALIBRATION
 from cnncc_runtime.errors import UsageError
 from cnncc_runtime.files import atomic_file, storage_errors
 from cnncc_runtime.preprocess import Preprocessing
@@ -272,9 +273,9 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
                 measured = replace(measured, accuracy=accuracy)
             made = with_shapes(quantize(tuned.floats, measured, name=model.name))
             (folder / CLEANED).write_bytes(made.serialized)
-            (folder / TABLE).write_bytes(measured.to_bytes())
+            (folder / CALIBRATION).write_bytes(measured.to_bytes())
             value = {"graph": made.digest, "nodes": len(made.nodes)}
-            return value, {name: folder / name for name in (CLEANED, TABLE)}, _summary(tuned, table, measured)
+            return value, {name: folder / name for name in (CLEANED, CALIBRATION)}, _summary(tuned, table, measured)
 
         if any(stream.count is None for stream in streams):
             cache.forget("qat", key)
