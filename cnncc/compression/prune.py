@@ -55,6 +55,7 @@ class Pruning:
         multiple: Channels that are left are a multiple of this.
         most: Share of tied channels that may go.
         latency: Seconds that the engine may take; None for no budget.
+        costs: Whether channels cost what they take in the engine, where one is measured; or all alike.
     """
 
     method: str = STRUCTURED
@@ -65,6 +66,7 @@ class Pruning:
     multiple: int = 8
     most: float = 0.9
     latency: float | None = None
+    costs: bool = True
 
     def check(self) -> None:
         """Refuse what makes no sense, before any work.
@@ -191,7 +193,7 @@ class _Work:
         if self.engines is not None:
             bundles["before"] = folder / "before.cnncc"
             self.engines.build(self.module, bundles["before"])
-            self.costs = self.engines.layers(bundles["before"])
+            self.costs = self.engines.layers(bundles["before"]) if self.pruning.costs else {}
         states = [self._state(0.0)]
         share = self._share(folder, bundles)
         channels = Channels(self.module, self._examples()) if structured else None
