@@ -101,9 +101,10 @@ def _tell(name: str, found: Trained, pruned: Pruned, before: Path | None, after:
         assert module is not None
         assert engine is not None
         value, low, high = (1 / each for each in (engine.ratio[0], engine.ratio[2], engine.ratio[1]))
+        reached = 100 * evaluate(module, pruned.task, test)
         click.echo(
-            f"{name:8} {what:7} top-1 {100 * evaluate(module, pruned.task, test):6.2f} %"
-            f"  {engine.seconds * 1e3:7.3f} ms  {value:.2f} × as fast ({low:.2f} to {high:.2f})  {state.parameters:8,} parameters"
+            f"{name:8} {what:7} top-1 {reached:6.2f} %  {engine.seconds * 1e3:7.3f} ms  {value:.2f} × as fast "
+            f"({low:.2f} to {high:.2f})  {state.parameters:8,} parameters"
         )
 
 

@@ -41,9 +41,9 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 @click.option(
     "--importance",
     type=click.Choice(["magnitude", "batchnorm", "taylor"]),
-    default="magnitude",
+    default="taylor",
     show_default=True,
-    help="What channels are worth: by their weights, by BatchNorm's scales, by weights times gradients.",
+    help="What channels are worth: by their weights, by BatchNorm's scales, or by how much the loss would change.",
 )
 @click.option("--distil", is_flag=True, help="Fine-tune by the outputs of MODEL as it was, and by the labels.")
 @click.option("--multiple", type=int, default=8, show_default=True, help="Channels that are left are a multiple of it.")

@@ -44,7 +44,7 @@ _BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 @click.option(
     "--importance",
     type=click.Choice(["magnitude", "batchnorm", "taylor"]),
-    default="magnitude",
+    default="taylor",
     show_default=True,
     help="What channels are worth; what they cost is measured.",
 )

@@ -70,6 +70,33 @@ class Channels:
         """Return what may be pruned: not the model's outputs, nor what no layer makes."""
         return tuple(bundle for bundle, _ in self._bundles())
 
+    def gates(self) -> dict[str, torch.Tensor]:
+        """Return layer of each bundle → what the loss would change by, to first order, without each of its channels.
+
+        The parameters have gradients of the loss. Without a channel, what its layers give is multiplied by 0, so that
+        the change is minus the derivative by that factor: γ·∂γ + β·∂β of the BatchNorm behind a layer, or w·∂w + b·∂b
+        of the layer (Molchanov et al., *Importance Estimation for Neural Network Pruning*, CVPR 2019). Of layers that
+        are tied, the changes add up; a depthwise convolution only passes on what another layer made.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for bundle, group in self._bundles():
+            change = torch.zeros(bundle.units * bundle.groups)
+            normed = {dep.source.module for dep, _ in group if isinstance(dep.target.module, _NORMS)}
+            for item in group:
+                module, dependency = item.dep.target.module, item.dep
+                own = isinstance(module, _LAYERS) and module not in normed and not _is_depthwise(module)
+                behind = isinstance(module, _NORMS) and not _is_depthwise(dependency.source.module)
+                if (own or behind) and self._graph.is_out_channel_pruning_fn(dependency.handler):
+                    at = torch.tensor([int(index) for index in item.root_idxs])
+                    change.index_add_(0, at, _derivative(module)[torch.tensor(item.idxs)].cpu())
+            found[bundle.layer] = change
+        return found
+
+    def name_of(self, group: Any) -> str:
+        """Return the layer that names the bundle of a group of `torch_pruning`."""
+        name: str = self._names[group[0].dep.target.module]
+        return name
+
     @property
     def total(self) -> int:
         """Units that there were before anything was pruned."""
@@ -184,6 +211,26 @@ class Channels:
                 where=[f"{layer}: {count} channels fewer" for layer, count in gone.items()],
                 hint="does its code name a number of channels, as in view(-1, 64 * 7 * 7)? flatten(1) asks for none",
             ) from exc
+
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def _is_depthwise(module: Any) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+
+
+def _derivative(module: Any) -> torch.Tensor:
+    """Return the derivative of the loss by a factor of each output channel, at 1."""
+    transposed = bool(getattr(module, "transposed", False))
+    change = torch.zeros(module.weight.shape[1 if transposed else 0])
+    for parameter in (module.weight, module.bias):
+        if parameter is not None and parameter.grad is not None:
+            product = (parameter.detach() * parameter.grad).float()
+            product = product.transpose(0, 1) if transposed and product.ndim > 1 else product
+            change = change.to(product.device) + product.flatten(1).sum(1) if product.ndim > 1 else change + product
+    return change
 
 
 def _groups_of(module: Any) -> int:

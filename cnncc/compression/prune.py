@@ -51,7 +51,8 @@ class Pruning:
         steps: How many times a part of it goes, with fine-tuning after each.
         finetune: Epochs of fine-tuning, all together.
         importance: One of `IMPORTANCES`, of channels: magnitude of the weights of a group; scale of BatchNorm (Liu et
-            al., *Network Slimming*, 2017); or first-order Taylor (Molchanov et al. 2017): weight times gradient.
+            al., *Network Slimming*, 2017); or by how much the loss would change, to first order (`Channels.gates`),
+            which alone can be compared between layers that cost differently.
         multiple: Channels that are left are a multiple of this.
         most: Share of tied channels that may go.
         latency: Seconds that the engine may take; None for no budget.
@@ -62,7 +63,7 @@ class Pruning:
     amount: float | None = None
     steps: int = 1
     finetune: int = 5
-    importance: str = "magnitude"
+    importance: str = "taylor"
     multiple: int = 8
     most: float = 0.9
     latency: float | None = None
@@ -229,11 +230,10 @@ class _Work:
     def _cut(self, channels: Channels | None, share: float) -> Masks:
         """Take away until a share is gone; return what must stay zero."""
         if channels is not None:
-            importance = importance_of(self.pruning, self.module, self.data, self.recipe.batch)
+            importance = importance_of(self.pruning, self.module, channels, self.data, self.recipe.batch)
             channels.prune(
                 share, importance, cost=cost_of(self.costs), multiple=self.pruning.multiple, most=self.pruning.most
             )
-            self.module.zero_grad(set_to_none=True)
             return {}
         if self.pruning.method == TWO_OF_FOUR:
             masks, self.dense = two_of_four(self.module)
@@ -286,7 +286,7 @@ class _Work:
         channels = Channels(copied, self._examples())
         channels.prune(
             share,
-            importance_of(self.pruning, copied, self.data, self.recipe.batch),
+            importance_of(self.pruning, copied, channels, self.data, self.recipe.batch),
             cost=cost_of(self.costs),
             multiple=self.pruning.multiple,
             most=self.pruning.most,
@@ -295,19 +295,23 @@ class _Work:
         return self.engines.compare({"variant": bundle})["variant"].seconds
 
 
-def importance_of(pruning: Pruning, module: nn.Module, data: Opened, batch: int) -> Importance:
+def importance_of(pruning: Pruning, module: nn.Module, channels: Channels, data: Opened, batch: int) -> Importance:
     """Return what says what a module's channels are worth.
 
     Args:
         pruning: Says how.
-        module: For ``taylor``, its parameters have gradients afterwards.
-        data: What these are of.
+        module: The module.
+        channels: Its channels.
+        data: For ``taylor``, whose loss it is; the first samples are used.
         batch: Samples of a run.
 
     Raises:
         DependencyMissing: `torch_pruning` is not installed.
         ModelRefused: It has no BatchNorm to judge by.
     """
+    if pruning.importance == "taylor":
+        scores = _scores(module, channels, data, batch)
+        return lambda group: scores[channels.name_of(group)]
     try:
         from torch_pruning import importance
     except ImportError as exc:
@@ -318,26 +322,25 @@ def importance_of(pruning: Pruning, module: nn.Module, data: Opened, batch: int)
             "channels cannot be judged by the scales of BatchNorm: the model has no BatchNorm",
             hint="--importance magnitude, or taylor",
         )
-    if pruning.importance == "taylor":
-        _leave_gradients(module, data, batch)
-    kinds = {
-        "batchnorm": importance.BNScaleImportance,
-        "taylor": importance.GroupTaylorImportance,
-        "magnitude": importance.GroupMagnitudeImportance,
-    }
+    kinds = {"batchnorm": importance.BNScaleImportance, "magnitude": importance.GroupMagnitudeImportance}
     found: Importance = kinds[pruning.importance]()
     return found
 
 
-def _leave_gradients(module: nn.Module, data: Opened, batch: int) -> None:
-    """Leave the gradients of the task's loss on the first samples in a module's parameters."""
+def _scores(module: nn.Module, channels: Channels, data: Opened, batch: int) -> dict[str, torch.Tensor]:
+    """Return layer → the squared change of the loss without each channel, the mean over batches."""
     module.eval()  # statistics of BatchNorm stay
-    module.zero_grad(set_to_none=True)
+    scores: dict[str, torch.Tensor] = {}
     count = min(_TAYLOR_SAMPLES, len(data.train))
     for start in range(0, count, batch):
         [taken] = data.train.__getitems__(range(start, min(start + batch, count)))
+        module.zero_grad(set_to_none=True)
         loss: Any = data.task.loss(module(*taken.inputs), taken.targets)
         loss.backward()
+        for layer, change in channels.gates().items():
+            scores[layer] = scores.get(layer, torch.zeros_like(change)) + change.square()
+    module.zero_grad(set_to_none=True)
+    return scores
 
 
 def cost_of(costs: Mapping[str, float]) -> Callable[[Bundle], float]:

@@ -136,7 +136,7 @@ class Plan:
 
     shares: tuple[float, ...] = SHARES
     precisions: tuple[str, ...] = (FP32, INT8)
-    importance: str = "magnitude"
+    importance: str = "taylor"
     multiple: int = 8
     most: float = 0.9
     lessons: Lessons = field(default_factory=Lessons)
@@ -312,9 +312,8 @@ class _Work:
         channels = Channels(made, self.examples)
         part = max(0.0, 1 - total * (1 - share) / channels.total)
         pruning = Pruning(amount=0.5, importance=self.plan.importance, multiple=self.plan.multiple)
-        importance = importance_of(pruning, made, self.data, self.recipe.batch)
+        importance = importance_of(pruning, made, channels, self.data, self.recipe.batch)
         channels.prune(part, importance, cost=cost_of(costs), multiple=self.plan.multiple, most=self.plan.most)
-        made.zero_grad(set_to_none=True)
         job = Job(
             made,
             self.recipe,
