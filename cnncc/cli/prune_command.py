@@ -16,7 +16,6 @@ from cnncc_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from cnncc.compression.prune import Pruned, State
-    from cnncc.compression.task import Task
 
 _LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms|us|µs)")
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
@@ -145,7 +144,7 @@ def _document(pruned: Pruned) -> dict[str, Any]:
 
 
 def _text(render: Render, path: Path, pruned: Pruned) -> None:
-    task: Task = pruned.task
+    task = pruned.task
     rows = []
     for number, state in enumerate(pruned.states):
         engine = state.engine

@@ -33,12 +33,14 @@ class Bundle:
         layers: Paths of all layers that make or read them: path → whether it makes them.
         units: How many; a unit is one channel, or one in each group of grouped convolutions.
         groups: Channels of a unit.
+        first: How many units there were before anything was pruned.
     """
 
     layer: str
     layers: Mapping[str, bool]
     units: int
     groups: int
+    first: int
 
 
 class Channels:
@@ -63,6 +65,7 @@ class Channels:
         self._model, self._examples = model, examples
         self._names = {module: name for name, module in model.named_modules()}
         self._pruning = torch_pruning
+        self._first: dict[str, int] = {}
         self._trace()
         self._first = {bundle.layer: bundle.units for bundle, _ in self._bundles()}
 
@@ -160,7 +163,7 @@ class Channels:
         return gone
 
     def _room(self, bundle: Bundle, most: float, multiple: int) -> int:
-        least = max(multiple, math.ceil(self._first.get(bundle.layer, bundle.units) * (1 - most)))
+        least = max(multiple, math.ceil(bundle.first * (1 - most)))
         return max(0, bundle.units - least)
 
     def _take(self, bundle: Bundle, units: Sequence[int]) -> None:
@@ -197,8 +200,8 @@ class Channels:
                 groups = max(groups, _groups_of(module))
             root = group[0].dep.target.module
             if not ends and root in self._names:
-                channels = int(self._graph.get_out_channels(root))
-                yield Bundle(self._names[root], layers, channels // groups, groups), group
+                name, units = self._names[root], int(self._graph.get_out_channels(root)) // groups
+                yield Bundle(name, layers, units, groups, self._first.get(name, units)), group
 
     def _check(self, gone: Mapping[str, int]) -> None:
         """Run the model: code of the user's that counts on a number of channels fails here, not on a device."""

@@ -34,7 +34,7 @@ from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import Task
 from cnncc.compression.train import Material, Opened, checkpoint_of, open_material, trainable
 from cnncc.compression.training import Job, Watcher, evaluate, fit
-from cnncc.compression.weights_file import is_pruned, save_weights
+from cnncc.compression.weights_file import save_weights
 from cnncc.graph.feeds import random_feeds
 from cnncc_runtime.bundle import CALIBRATION, read_bundle
 from cnncc_runtime.digests import canonical_json, digest_json
@@ -210,7 +210,6 @@ def shrink(
     work = _Work(module, data, plan, recipe, folder, watcher, engines, material, _state(folder, identity, fresh=fresh))
     work.told, work.accelerator = told, accelerator
     work.examples = tuple(torch.from_numpy(array) for array in random_feeds(model.inputs, batch=2).values())
-    work.pruned = is_pruned(request.weights)
     return work.run(budget)
 
 
@@ -264,19 +263,17 @@ class _Work:
     told: Callable[[Point], None] = lambda _: None
     accelerator: str = "auto"
     examples: tuple[torch.Tensor, ...] = ()
-    pruned: bool = False
 
     def run(self, budget: Budget) -> Shrunk:
         whole = copy.deepcopy(self.module).eval()
         self._measure(whole, 0.0)
-        first = self.folder / self.state.points[0].bundle
-        costs = self.engines.layers(first) if FP32 in self.state.points[0].precision else {}
         total = Channels(copy.deepcopy(whole), self.examples).total
-        current = whole
+        current, gone = whole, 0.0
         for share in self.plan.shares:
             if self._is_over(budget):
                 break
-            current = self._variant(current, whole, share, total, costs)
+            engine = next(point.bundle for point in self.state.points if point.share == gone)
+            current, gone = self._variant(current, self.folder / engine, whole, share, total), share
             self._measure(current, share)
         points, task = tuple(self.state.points), self.data.task
         front = front_of(points, task)
@@ -299,10 +296,8 @@ class _Work:
         least = min(lost(point, self.state.points[0], self.data.task) for point in last)
         return budget.drop is not None and least > budget.drop
 
-    def _variant(
-        self, before: nn.Module, whole: nn.Module, share: float, total: int, costs: dict[str, float]
-    ) -> nn.Module:
-        """Return a module with a share of the channels gone: made before, or from the next larger one."""
+    def _variant(self, before: nn.Module, engine: Path, whole: nn.Module, share: float, total: int) -> nn.Module:
+        """Return a module with a share of the channels gone: made before, or now, of the next larger one."""
         path = self.folder / f"{share:.2f}.safetensors"
         if path.exists():
             made = copy.deepcopy(self.module)
@@ -310,6 +305,7 @@ class _Work:
             return made.eval()
         made = copy.deepcopy(before)
         channels = Channels(made, self.examples)
+        costs = self.engines.layers(engine)
         part = max(0.0, 1 - total * (1 - share) / channels.total)
         pruning = Pruning(amount=0.5, importance=self.plan.importance, multiple=self.plan.multiple)
         importance = importance_of(pruning, made, channels, self.data, self.recipe.batch)
