@@ -274,6 +274,7 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
             made = with_shapes(quantize(tuned.floats, measured, name=model.name))
             (folder / CLEANED).write_bytes(made.serialized)
             (folder / CALIBRATION).write_bytes(measured.to_bytes())
+            resume.unlink(missing_ok=True)
             value = {"graph": made.digest, "nodes": len(made.nodes)}
             return value, {name: folder / name for name in (CLEANED, CALIBRATION)}, _summary(tuned, table, measured)
 
@@ -373,5 +374,6 @@ def quantize_aware(
     tell_findings(with_shapes(tuned.graph), kept.keys(), (), reporter)
     with atomic_file(output) as partial:
         partial.write_bytes(tuned.graph.serialized)
+    checkpoint.unlink(missing_ok=True)
     made = Quantized(tuned.graph.digest, output.stat().st_size, len(found.layers), tuple(kept.values()))
     return made, tuned

@@ -65,7 +65,8 @@ class Job:
         objective: What is made small; by default the task's loss.
         after_step: Called with the model after each step: keeps pruned weights at zero.
         beside: What the objective trains beside the model, and nobody gets; None for nothing.
-        checkpoint: Where it is kept while it is not over; None for nowhere.
+        checkpoint: Where it is kept; None for nowhere. It stays when training is over, until whoever asked for it has
+            written what came of it, since the disk may be full then.
         identity: What it depends on that is not here: the model's digest, the teacher's.
         accelerator: As Fabric names it: ``auto``, ``cpu``, ``cuda``.
         workers: Processes that read samples which are not in memory.
@@ -187,8 +188,6 @@ class _Fit:
         if state.best_weights:
             job.model.load_state_dict(state.best_weights)
         job.model.eval()
-        if job.checkpoint is not None:
-            job.checkpoint.unlink(missing_ok=True)
         return Trained(state.epoch, state.best, state.best_epoch, tuple(state.history), resumed)
 
     def _is_over(self) -> bool:

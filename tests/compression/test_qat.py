@@ -187,7 +187,7 @@ def test_a_training_that_was_killed_ends_with_the_same_graph(
     again = tune(graph, table, data, RECIPE, CPU, watcher, checkpoint=path)
     assert any("goes on from" in note for note in watcher.notes)
     assert again.graph.digest == whole.graph.digest
-    assert not path.exists()
+    assert path.exists(), "until what came of it is written, which may fail"
 
 
 def test_another_table_or_teacher_is_another_training(
