@@ -118,8 +118,8 @@ def _take_up(draft: Draft, layer: Layer, node: onnx.NodeProto, amount: float) ->
     integers, scales = quantize_weight(weight, layer.axis)
     others = tuple(index for index in range(weight.ndim) if index != layer.axis)
     bias = amount * scales.astype(np.float64) * integers.sum(axis=others, dtype=np.int64)
-    if layer.bias:
-        bias = bias + draft.array(layer.bias)
+    if len(node.input) > 2 and node.input[2]:  # by the node: correction gave it a bias that the plan knows nothing of
+        bias = bias + draft.array(node.input[2])
     name = draft.fresh(f"{layer.output}_bias_shifted")
     draft.set_constant(name, bias.astype(np.float32))
     set_input(node, 2, name)

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from cnncc.calibration.bias_correction import add_to_biases
 from cnncc.calibration.histogram import Histogram
 from cnncc.calibration.plan import layers_of, plan_for
 from cnncc.calibration.qdq import insert_qdq, quantize_weight
+from cnncc.calibration.quantize import write
 from cnncc.calibration.shift import Shift, shift_of, shiftable
 from cnncc.calibration.thresholds import mean_squared_error, scale_of
 from cnncc.graph.onnx_graph import OnnxGraph
@@ -132,6 +134,22 @@ def test_a_shifted_layer_computes_what_its_formula_says(seed: int, amount: int, 
     w = integers[:, :, 0, 0] * scales[:, None].astype(np.float64)
     want = np.einsum("oi,nihw->nohw", w, steps * scale + shift.amount) + bias[:, None, None]
     np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_is_shifted_keeps_what_corrected_its_bias(bias: bool) -> None:
+    node = conv("r")
+    if not bias:
+        del node.input[2]
+    graph = network(node)
+    layers, delta = layers_of(graph), np.linspace(-1, 1, C, dtype=np.float32)
+    shifts = {"r": Shift(0.5, 1 / 128)}
+    plain, corrected = (
+        write(each, layers, {"r": 1 / 64}, shifts) for each in (graph, add_to_biases(graph, layers, {"y": delta}))
+    )
+    x = {"x": np.random.default_rng(3).normal(0, 1, (1, C, 6, 6)).astype(np.float32)}
+    gained = Reference(corrected).run(x)["y"] - Reference(plain).run(x)["y"]
+    np.testing.assert_allclose(gained, np.broadcast_to(delta[:, None, None], gained.shape), atol=1e-5)
 
 
 def test_a_shift_halves_the_step_of_what_a_relu_gives() -> None:
