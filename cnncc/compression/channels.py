@@ -120,51 +120,44 @@ class Channels:
             share: 0 to 1, of `total`.
             importance: What channels are worth.
             cost: What a unit of a bundle costs; the least worth for its cost goes first.
-            multiple: What is left of a bundle is a multiple of this, rounded up; bundles of fewer are left alone.
+            multiple: What is left of a bundle is a multiple of this: channels go by blocks of it, those of least worth
+                for their cost first; bundles of fewer are left alone.
             most: Share of a bundle that may go.
 
         Returns:
-            Layer → channels that went.
+            Layer → channels that went: as many as were asked for, to half of a block.
 
         Raises:
             ModelRefused: The model does not run any more; the layer that fails is named.
         """
-        ranked: list[tuple[float, int, int]] = []
         found = list(self._bundles())
+        ranked: list[tuple[float, int, list[int]]] = []
         for number, (bundle, group) in enumerate(found):
             worth = importance(group)
             if worth is None:
                 continue
-            worth = worth.detach().float().cpu().view(bundle.groups, -1).mean(0)
-            price = max(cost(bundle), 1e-12)
-            ranked += [(float(value) / price, number, unit) for unit, value in enumerate(worth)]
-        ranked.sort()
+            values = worth.detach().float().cpu().view(bundle.groups, -1).mean(0)
+            order = values.argsort(stable=True)
+            for block in _blocks(bundle, multiple, most):
+                block_worth = float(values[order[block]].mean())
+                ranked.append((block_worth / max(cost(bundle), 1e-12), number, order[block].tolist()))
+        ranked.sort(key=lambda each: each[:2])  # stable: of a bundle, what is worth less stays first
         wanted = round(share * self.total) - (self.total - sum(bundle.units for bundle, _ in found))
         taken: dict[int, list[int]] = {}
-        room = {number: self._room(bundle, most, multiple) for number, (bundle, _) in enumerate(found)}
-        for _, number, unit in ranked:
-            if wanted <= 0:
+        for _, number, units in ranked:
+            if 2 * wanted < len(units):
                 break
-            if room[number]:
-                room[number] -= 1
-                wanted -= 1
-                taken.setdefault(number, []).append(unit)
+            wanted -= len(units)
+            taken.setdefault(number, []).extend(units)
         gone: dict[str, int] = {}
         for number, units in taken.items():
             bundle = found[number][0]
-            left = math.ceil((bundle.units - len(units)) / multiple) * multiple
-            units = units[: bundle.units - left]
-            if units:
-                self._take(bundle, units)
-                gone[bundle.layer] = len(units) * bundle.groups
+            self._take(bundle, units)
+            gone[bundle.layer] = len(units) * bundle.groups
         if gone:
             self._check(gone)
             self._trace()
         return gone
-
-    def _room(self, bundle: Bundle, most: float, multiple: int) -> int:
-        least = max(multiple, math.ceil(bundle.first * (1 - most)))
-        return max(0, bundle.units - least)
 
     def _take(self, bundle: Bundle, units: Sequence[int]) -> None:
         layer = self._model.get_submodule(bundle.layer)
@@ -214,6 +207,15 @@ class Channels:
                 where=[f"{layer}: {count} channels fewer" for layer, count in gone.items()],
                 hint="does its code name a number of channels, as in view(-1, 64 * 7 * 7)? flatten(1) asks for none",
             ) from exc
+
+
+def _blocks(bundle: Bundle, multiple: int, most: float) -> Iterator[slice]:
+    """Yield what may go of a bundle's units, ordered by their worth: after each block, a multiple is left."""
+    least = max(multiple, math.ceil(bundle.first * (1 - most)))
+    begin, end = 0, bundle.units % multiple or multiple
+    while bundle.units - end >= least:
+        yield slice(begin, end)
+        begin, end = end, end + multiple
 
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
