@@ -13,7 +13,11 @@ from onnx import helper, numpy_helper
 
 from cnncc.compiler import build_worker
 from cnncc.compiler.build_worker import build_apart, engine_from_plain, engine_to_plain
+from cnncc.compiler.export import export
+from cnncc.compiler.ingest import Model
+from cnncc.compiler.passes.pipeline import clean
 from cnncc.compiler.proof import gpu_options
+from cnncc.compression.sparsity import apply_masks, two_of_four
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.targets.base import BuildOptions, Engine, GpuOptions
 from cnncc.targets.cuda import compile as compiling
@@ -29,8 +33,11 @@ from cnncc_runtime.bundle import EngineRecord, TargetRecord
 from cnncc_runtime.errors import BuildFailed, UsageError
 from cnncc_runtime.gpu import HostGpu, host_gpus
 from cnncc_runtime.plan_library import logger_of
+from cnncc_runtime.specs import TensorSpec
 from tests.calibration.rtx import VERSION, tensorrt_rtx
 from tests.cli.conftest import install_target
+from tests.compression.blocks import Residual
+from tests.compression.blocks import build as network_of
 from tests.runtime.engine_files import manifest
 from tests.targets.conformance import graph_of, small_graph
 
@@ -97,6 +104,20 @@ def test_sparsity_is_counted_and_refused_where_there_is_none(tmp_path: Path) -> 
     assert notes == ["1 of 1 convolutions and products have 2:4 sparse weights"]
     with pytest.raises(UsageError, match="no layer of 3 has 2:4 sparse weights"):
         build(small_graph(), tmp_path, sparse=True)
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_a_module_that_was_pruned_2_4_builds_with_the_sparse_flag(tmp_path: Path) -> None:
+    """BatchNorm is folded into its weights by then: channels of outputs are scaled, and zeros stay."""
+    module = network_of(Residual)
+    masks, dense = two_of_four(module)
+    apply_masks(module, masks)
+    graph, _ = clean(export(Model("net", "net", (TensorSpec("x", (1, 3, 16, 16)),), "", module=module)).graph)
+    notes: list[str] = []
+    engine = build(graph, tmp_path, options={"note": notes.append}, sparse=True)
+    assert dense == ("stem.0",), "of three input channels"
+    assert notes == [f"{len(masks)} of {len(masks) + 1} convolutions and products have 2:4 sparse weights"]
+    assert (tmp_path / engine.record.file).stat().st_size
 
 
 @pytest.mark.parametrize("asked", [{"sparse": True}, {"hardware": "ampere+"}, {"hardware": "same"}])
