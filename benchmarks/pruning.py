@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.trained.data import Part  # noqa: E402
-from benchmarks.trained.recipes import RECIPES, Trained, trained  # noqa: E402
+from benchmarks.trained.recipes import RECIPES, RESNET20, Trained, trained  # noqa: E402
 from cnncc.calibration.data import open_data  # noqa: E402
 from cnncc.compiler.cache import Cache  # noqa: E402
 from cnncc.compiler.ingest import ingest  # noqa: E402
@@ -68,10 +68,10 @@ def main(
     rate: float,
     costs: bool,
 ) -> None:
-    """Print top-1 and latency of NETWORKS (resnet, mbv2) before and after."""
+    """Print top-1 and latency of NETWORKS (resnet20, mbv2) before and after."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in networks or ("resnet", "mbv2"):
-        found = trained(RECIPES[name], 0, folder, calibration_images=512)
+    for name in networks or ("resnet20", "mbv2"):
+        found = trained({**RECIPES, RESNET20.name: RESNET20}[name], 0, folder, calibration_images=512, tell=_say)
         fits, judges = (folder / f"pruning-{name}-{which}.npz" for which in ("train", "chosen"))
         _save(fits, found.data.train.take(np.arange(min(images, len(found.data.train.x)))))
         _save(judges, found.data.pool)
@@ -106,6 +106,10 @@ def _tell(name: str, found: Trained, pruned: Pruned, before: Path | None, after:
             f"{name:8} {what:7} top-1 {reached:6.2f} %  {engine.seconds * 1e3:7.3f} ms  {value:.2f} × as fast "
             f"({low:.2f} to {high:.2f})  {state.parameters:8,} parameters"
         )
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _save(path: Path, part: Part) -> None:

@@ -32,15 +32,22 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of 13 convolutions; input ``float32[N, 3, 32, 32]``, output logits."""
+    """A residual network; input ``float32[N, 3, 32, 32]``, output logits.
 
-    def __init__(self, width: int = 16, classes: int = 36) -> None:
+    Args:
+        width: Channels of the stem.
+        classes: Logits.
+        depth: Blocks of each of the three sizes.
+        stride: Of the stem.
+    """
+
+    def __init__(self, width: int = 16, classes: int = 36, *, depth: int = 2, stride: int = 2) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         blocks: list[nn.Module] = []
         inputs = width
-        for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-            blocks += [Residual(inputs, outputs, stride), Residual(outputs, outputs, 1)]
+        for outputs, first in ((width, 1), (2 * width, 2), (4 * width, 2)):
+            blocks += [Residual(inputs, outputs, first), *(Residual(outputs, outputs, 1) for _ in range(depth - 1))]
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
@@ -209,8 +216,13 @@ class UNet(nn.Module):
 
 
 def resnet() -> nn.Module:
-    """Return the residual network."""
+    """Return the residual network, of 13 convolutions beside its skips."""
     return ResNet()
+
+
+def resnet20() -> nn.Module:
+    """Return He et al.'s ResNet-20 for CIFAR: 19 convolutions of 3×3 and a linear layer."""
+    return ResNet(depth=3, stride=1)
 
 
 def mbv2() -> nn.Module:

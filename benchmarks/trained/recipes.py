@@ -87,6 +87,9 @@ RECIPES = {
 }
 """By name, in the table's order."""
 
+RESNET20 = Recipe("resnet20", "resnet20", "glyphs", 10, 4e-3)
+"""What benchmarks/pruning.py takes channels out of, beside MobileNetV2-like ``mbv2``."""
+
 
 @dataclass(frozen=True)
 class Trained:
