@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.told import Told  # noqa: E402
 from benchmarks.trained.nets import ResNet  # noqa: E402
 from benchmarks.trained.recipes import RECIPES, trained  # noqa: E402
 from benchmarks.trained.training import single_thread  # noqa: E402
@@ -28,24 +29,6 @@ from cnncc.compression.recipe import Recipe  # noqa: E402
 from cnncc.compression.task import task_of  # noqa: E402
 from cnncc.compression.training import Job, evaluate, fit  # noqa: E402
 from cnncc_runtime.specs import TensorSpec  # noqa: E402
-
-
-class Told:
-    """A watcher that writes a line for each epoch."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def step(self, epoch: int, done: float) -> None:
-        """Say nothing."""
-
-    def epoch(self, number: int, facts: object) -> None:
-        """Write the epoch."""
-        click.echo(f"{self._name}: epoch {number} {facts}", err=True)
-
-    def note(self, text: str) -> None:
-        """Write the note."""
-        click.echo(text, err=True)
 
 
 @click.command()

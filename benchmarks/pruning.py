@@ -15,6 +15,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.told import Told  # noqa: E402
 from benchmarks.trained.data import Part  # noqa: E402
 from benchmarks.trained.recipes import RECIPES, RESNET20, Trained, trained  # noqa: E402
 from cnncc.calibration.data import open_data  # noqa: E402
@@ -30,21 +31,6 @@ from cnncc.compression.train import Material  # noqa: E402
 from cnncc.compression.training import evaluate  # noqa: E402
 from cnncc.targets.devices import resolve_profile  # noqa: E402
 from cnncc_runtime.specs import TensorSpec  # noqa: E402
-
-
-class Told:
-    """A watcher that writes a line for each epoch."""
-
-    def step(self, epoch: int, done: float) -> None:
-        """Say nothing."""
-
-    def epoch(self, number: int, facts: object) -> None:
-        """Write the epoch."""
-        click.echo(f"epoch {number} {facts}", err=True)
-
-    def note(self, text: str) -> None:
-        """Write the note."""
-        click.echo(text, err=True)
 
 
 @click.command()
@@ -84,7 +70,7 @@ def main(
             Pruning(amount=amount, steps=steps, finetune=epochs, multiple=multiple, costs=costs),
             Recipe(batch=64, rate=rate, schedule="one-cycle"),
             small,
-            Told(),
+            Told(name),
             engines=engines,
             lessons=Lessons(),
             accelerator="cpu",
