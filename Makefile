@@ -43,12 +43,13 @@ define debian
 fi
 endef
 
-.PHONY: help setup demo fleet-demo test test-gpu slow aarch64 arm-device fleet-tools service-tools cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
+.PHONY: help setup demo chain-demo fleet-demo test test-gpu slow aarch64 arm-device fleet-tools service-tools cnncc-run tensorrt lint check bench executorch accuracy calibration-cost quantizers fonts threads zoo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   .venv with cnncc, cnncc-runtime (editable) and all that tests need'
 	@echo 'make demo    train, compile, verify and benchmark the digits CNN, then classify a PNG'
+	@echo 'make chain-demo   train a residual network, shrink it to budgets, prove, publish, and have a device run it'
 	@echo 'make fleet-demo   a registry, releases and three devices: rollouts by percent, tampering, an engine that fails'
 	@echo 'make test    the whole test suite, the fast tests first'
 	@echo 'make test-gpu   engines for GPUs on the GPU of this machine: parity, faults, benchmarks'
@@ -80,6 +81,9 @@ $(VENV)/.ready: pyproject.toml runtime/pyproject.toml Makefile
 
 demo: setup
 	$(BIN)/python examples/digits/demo.py
+
+chain-demo: setup fleet-tools
+	$(BIN)/python examples/chain/demo.py
 
 fleet-demo: setup aarch64 fleet-tools arm-device
 	$(BIN)/python examples/fleet/demo.py

@@ -1,7 +1,7 @@
 """Train the seed CNN on scikit-learn's digits (1797 images, shipped with scikit-learn, nothing is downloaded).
 
-Writes ``digits.safetensors``, 512 of the training images as ``calibration.npz``, the held-out images as
-``heldout.npz`` and one of them as ``seven.png``.
+Writes ``digits.safetensors``, the training images as ``train.npz``, 512 of them as ``calibration.npz``, the held-out
+images as ``heldout.npz`` and one of them as ``seven.png``.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def main() -> None:
     print(f"held-out accuracy {accuracy:.2%} of {len(held)} images")
 
     save_file(network.state_dict(), args.out / "digits.safetensors")
+    np.savez(args.out / "train.npz", x=x[train], y=data.target[train])
     np.savez(args.out / "calibration.npz", x=x[train[:512]])
     np.savez(args.out / "heldout.npz", x=x[held], y=data.target[held])
     seven = next(index for index in held if data.target[index] == 7)

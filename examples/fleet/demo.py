@@ -19,14 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import requests
-from parts import ARM_DEVICE, Device, collector, fail, registry, run, say
 
 from cnncc_runtime.agent.rollout import place_of_device
 from cnncc_runtime.bundle import GOLDEN, read_bundle, write_bundle
 from cnncc_runtime.cpu import host_machine
 
-HERE = Path(os.path.relpath(Path(__file__).parent))
-DIGITS = Path(os.path.relpath(Path(__file__).parents[1] / "digits"))
+EXAMPLES = Path(os.path.relpath(Path(__file__).parents[1]))
+sys.path.insert(0, str(EXAMPLES))
+
+from parts import ARM_DEVICE, Device, collector, fail, registry, run, say  # noqa: E402
+
+DIGITS = EXAMPLES / "digits"
 OUT = Path("build/fleet-demo")
 DATABASE = f"sqlite:///{OUT}/fleet.db"
 NAME = "digits"
@@ -227,7 +230,7 @@ def applications() -> None:
     print(f"{'device':8}  {'machine':8}  {'channel':8}  {'runs':6}  {'refuses':>7}  {'right':>9}")
     for device, version, refused in ((LAB, SMALLER, 0), (HALL_1, BETTER, 1), (HALL_2, BETTER, 1)):
         status = device.status()
-        told = device.ask(HERE / "classify.py", device.current, OUT / FIRST / "heldout.npz")
+        told = device.ask(EXAMPLES / "classify.py", device.current, OUT / FIRST / "heldout.npz")
         bad = len(status["state"]["bad"])
         print(
             f"{device.name:8}  {device.machine:8}  {device.channel:8}  {running(device):6}  {bad:>7}"

@@ -7,21 +7,17 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.cli.harness import ROOT
+from tests.examples.demos import processes_in, start
 from tests.oci import registries
 from tests.qemu import board, device
 
 pytestmark = pytest.mark.slow
-
-DEMO = ROOT / "examples" / "fleet" / "demo.py"
 
 
 @pytest.fixture
@@ -35,22 +31,8 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} not found: apt-get install {program}")
     (tmp_path / "build/aarch64").mkdir(parents=True)
     (tmp_path / "build/aarch64/device").symlink_to(device.DEVICE)
-    with subprocess.Popen(
-        [sys.executable, DEMO], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    ) as process:  # fmt: skip
+    with start("fleet", tmp_path) as process:
         yield process
-        if process.poll() is None:
-            process.terminate()
-
-
-def processes_in(folder: Path) -> list[list[str]]:
-    """Return the command lines of processes that work in a folder."""
-    found = []
-    for process in psutil.process_iter(["cwd", "cmdline"]):
-        if process.info["cwd"] == str(folder):
-            found.append(process.info["cmdline"])
-    return found
 
 
 @pytest.mark.timeout(1800)

@@ -1,4 +1,4 @@
-"""What the demo is played with: commands that are shown and checked, a registry, a collector, and devices."""
+"""What demos are played with: commands that are shown and checked, a registry, a collector, and devices."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import requests
+
+from cnncc_runtime.cpu import host_machine
 
 REGISTRY = "docker-registry"
 DEBIAN = (REGISTRY, "skopeo")
@@ -46,7 +48,9 @@ def program(name: str, package: str = "") -> str:
     return found
 
 
-def run(*command: str | Path, code: int = 0, says: str = "", env: Mapping[str, str] | None = None) -> str:
+def run(
+    *command: str | Path, code: int = 0, says: str = "", env: Mapping[str, str] | None = None, interrupt_at: str = ""
+) -> str:
     """Show a command, run it and show what it says.
 
     Args:
@@ -54,6 +58,7 @@ def run(*command: str | Path, code: int = 0, says: str = "", env: Mapping[str, s
         code: The exit code that it must have.
         says: What it must say.
         env: Variables for it alone.
+        interrupt_at: Once it says this, it is interrupted as Ctrl-C does.
 
     Returns:
         All that it said.
@@ -68,9 +73,14 @@ def run(*command: str | Path, code: int = 0, says: str = "", env: Mapping[str, s
     assert process.stdout is not None
     said = ""
     try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            said += line
+        with process.stdout:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said += line
+                if interrupt_at and interrupt_at in line:
+                    print("^C", flush=True)
+                    process.send_signal(signal.SIGINT)
+                    interrupt_at = ""
         process.wait()
     except BaseException:
         _end(process, signal.SIGINT)
@@ -79,6 +89,8 @@ def run(*command: str | Path, code: int = 0, says: str = "", env: Mapping[str, s
         fail(f"that command should have ended with exit code {code}, not with {process.returncode}")
     if code:
         print(f"(exit code {code})", flush=True)
+    if interrupt_at:
+        fail(f"that command should have said, and was to be interrupted then: {interrupt_at}")
     if says not in said:
         fail(f"that command should have said: {says}")
     return said
@@ -168,7 +180,7 @@ class Device:
 
     Attributes:
         name: In the fleet.
-        machine: ELF machine: AArch64 runs under qemu.
+        machine: ELF machine: one that is not this machine's runs under qemu, and is AArch64.
         channel: Which it follows.
         folder: The agent's.
     """
@@ -181,7 +193,7 @@ class Device:
     @property
     def emulated(self) -> bool:
         """Whether it runs under qemu."""
-        return self.machine == "aarch64"
+        return self.machine != host_machine()
 
     @property
     def python(self) -> str:

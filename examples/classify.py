@@ -14,7 +14,7 @@ import cnncc_runtime
 
 
 def main(bundle: str, pictures: str) -> None:
-    """Classify pictures (``x``: float32 [N, 3, 28, 28], ``y``: classes [N])."""
+    """Classify pictures (``x``: float32 [N, C, H, W], ``y``: classes [N])."""
     with np.load(pictures) as held:
         x, y = held["x"], held["y"]
     with cnncc_runtime.load(bundle) as engine:
