@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from cnncc.cli.fleet_options import open_named, pointer_document, pointer_text, 
 from cnncc.cli.main import common
 from cnncc.cli.render import Render, size_text
 from cnncc_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from cnncc_runtime.bundle import Manifest
 
 
 @click.command(name="publish")
@@ -75,7 +78,7 @@ def command(
     fleet = open_named(name)
     check_bases(fleet, delta_from)
     checked = check_bundles(bundles, unproven=allowed)
-    engines = [f"{bundle.manifest.target.device} {bundle.manifest.precision}" for bundle in checked]
+    engines = [_engine(bundle.manifest) for bundle in checked]
     if dry_run:
         render.result(
             {"dry_run": True, "name": name, "version": version, "engines": engines},
@@ -125,3 +128,11 @@ def command(
         document["pointer"] = pointer_document(found)
         lines.append(pointer_text(found))
     render.result(document, lambda: render.line("\n".join(lines)))
+
+
+def _engine(manifest: Manifest) -> str:
+    """Return what an engine is for, and its precision; which machine the host was, a fleet cannot know."""
+    from cnncc.targets.devices import HOST
+
+    target = manifest.target
+    return f"{target.processor if target.device == HOST else target.device} {manifest.precision}"

@@ -45,7 +45,7 @@ _TVM = "tvm/lib/libtvm_runtime.so"
 _RUN_PYTHON = """#!/bin/sh
 here=$(dirname "$(readlink -f "$0")")
 unset PYTHONDONTWRITEBYTECODE  # compiling what is imported takes seconds under qemu
-export PYTHONHOME="$here/root/usr" PYTHONPATH="{runtime}:$here/site" PYTHONPYCACHEPREFIX="$here/cache"
+export PYTHONHOME="$here/root/usr" PYTHONPATH="$here/{runtime}:$here/site" PYTHONPYCACHEPREFIX="$here/cache"
 export CNNCC_TVM_RUNTIME="$here/lib"
 exec {qemu} -cpu {cpu} -L "$here/root" -0 "$here/python" "$here/root/usr/bin/python{version}" "$@"
 """
@@ -85,7 +85,8 @@ def make_device(folder: Path, wheels: Path) -> None:
         shutil.rmtree(made / "apt")
         _packages(made / "site")
         _library(wheels, made / "lib")
-        python = _RUN_PYTHON.format(runtime=ROOT / "runtime", qemu=QEMU, cpu=CPU, version=_PYTHON)
+        runtime = os.path.relpath(ROOT / "runtime", folder.resolve())  # a checkout may be moved
+        python = _RUN_PYTHON.format(runtime=runtime, qemu=QEMU, cpu=CPU, version=_PYTHON)
         for program, text in (("python", python), ("cnncc-agent", _RUN_AGENT)):
             (made / program).write_text(text)
             (made / program).chmod(0o755)
