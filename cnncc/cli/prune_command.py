@@ -94,7 +94,7 @@ def command(
         from cnncc.targets.devices import resolve_profile
 
         engines = Engines(request, resolve_profile(device), target, open_cache(cache_dir, render))
-    narrator = Narrator(render, finetune)
+    narrator = Narrator(render, finetune if steps == 1 else None)
     try:
         pruned = prune(
             request,

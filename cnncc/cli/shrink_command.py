@@ -39,6 +39,14 @@ _BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 )
 @click.option("--precisions", default="fp32,int8", show_default=True, help="Of the engines of each size.")
 @click.option("--epochs", type=int, default=5, show_default=True, help="Of fine-tuning, of each size.")
+@click.option(
+    "--qat",
+    type=int,
+    default=2,
+    show_default=True,
+    metavar="EPOCHS",
+    help="Train int8 where calibration alone loses more than --max-accuracy-drop and fp32 does not; 0 for never.",
+)
 @click.option("--target", default="llvm", show_default=True, help="Whose engines are built and measured, here.")
 @click.option("--device", default="host", show_default=True, help="What they are for.")
 @click.option(
@@ -67,6 +75,7 @@ def command(
     shares: str,
     precisions: str,
     epochs: int,
+    qat: int,
     target: str,
     device: str,
     importance: str,
@@ -79,7 +88,8 @@ def command(
     """Make MODEL smaller and smaller: prune, fine-tune by what it was, quantize, compile, measure.
 
     Every size is an engine in the folder, timed in turns with the whole model's; the best of those that hold to the
-    budgets is named. Interrupted, the same command goes on where it was, and what was made so far is of use.
+    budgets is named. int8 is calibrated, and where that loses too much also trained, as a point of its own (int8 qat).
+    Interrupted, the same command goes on where it was, and what was made so far is of use.
     """
     from cnncc.compiler.model_reference import parse_reference
     from cnncc.compression.latency import Engines
@@ -90,15 +100,15 @@ def command(
     latency, size = parse_latency(latency_text), parse_size(size_text_)
     budget = Budget(latency, size, 1.0 if drop is None and latency is None and size is None else drop)
     names = tuple(each.strip() for each in precisions.split(","))
-    plan = Plan(_shares(shares), names, importance, multiple)
+    plan = Plan(_shares(shares), names, importance, multiple, qat=qat)
     request = model_request(model, weights, input_shapes, input_dtypes)
     engines = Engines(request, resolve_profile(device), target, open_cache(cache_dir, render))
-    narrator = Narrator(render, epochs)
+    narrator = Narrator(render, None)
     since = time.monotonic()
 
     def told(point: Point) -> None:
         nonlocal since
-        detail = f"{point.share:.0%} gone, {point.precision}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
+        detail = f"{point.share:.0%} gone, {point.form}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
         render.done("engine", time.monotonic() - since, detail, reused=False)
         since = time.monotonic()
 
@@ -114,6 +124,7 @@ def command(
             engines,
             told=told,
             accelerator=given["accelerator"],
+            workers=given["workers"],
             fresh=fresh,
         )
     finally:
@@ -132,7 +143,7 @@ def command(
             [
                 MARKS["ok"] if point is best else ("·" if point in shrunk.front else ""),
                 f"{point.share:.0%} gone" if point.share else "whole",
-                point.precision,
+                point.form,
                 shrunk.task.text(point.metric),
                 f"{point.seconds * 1e3:.3f} ms",
                 f"{1 / point.ratio[0]:.2f} ×",

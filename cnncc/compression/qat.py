@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
+from torch import nn
 
 from cnncc.calibration.accuracy import Validation
 from cnncc.calibration.data import open_data
@@ -80,6 +81,19 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """What teaches a quantized network, where that is not its own float model.
+
+    Attributes:
+        module: Takes the same inputs, and gives outputs of the same shapes.
+        digest: Of its weights and structure.
+    """
+
+    module: nn.Module
+    digest: str
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What came of it.
 
@@ -114,6 +128,7 @@ def tune(
     *,
     name: str = "",
     checkpoint: Path | None = None,
+    teacher: Teacher | None = None,
 ) -> Tuned:
     """Train a calibrated graph, quantized.
 
@@ -127,6 +142,7 @@ def tune(
         watcher: Told how it goes.
         name: What the user calls the model, for refusals; empty as the table does.
         checkpoint: Where it is kept while it is not over; None for nowhere.
+        teacher: By default the graph.
 
     Raises:
         DataRefused: The table is of another model, or the data cannot be used.
@@ -162,7 +178,8 @@ def tune(
     if validation is not None:
         watcher.note(f"float {opened.task.text(fp32)}, calibrated {opened.task.text(calibrated)}")
     start = copy.deepcopy(network.state_dict())
-    objective = Distillation(model, network, opened.task, lessons) if lessons else None
+    teaching = teacher.module if teacher else model
+    objective = Distillation(teaching, network, opened.task, lessons) if lessons else None
     job = Job(
         network,
         recipe,
@@ -171,7 +188,12 @@ def tune(
         validation,
         objective=objective,
         checkpoint=checkpoint,
-        identity={"graph": graph.digest, "table": table.digest, **{k: str(v) for k, v in vars(tuning).items()}},
+        identity={
+            "graph": graph.digest,
+            "table": table.digest,
+            "teacher": teacher.digest if teacher else "",
+            **{k: str(v) for k, v in vars(tuning).items()},
+        },
         accelerator=tuning.accelerator,
         workers=tuning.workers,
     )
@@ -221,7 +243,14 @@ def _table(table: CalibrationTable, network: QuantizedNetwork, model: ModelDiges
     )
 
 
-def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining:
+def retraining(
+    material: Material,
+    recipe: Recipe,
+    tuning: Tuning,
+    *,
+    teacher: Teacher | None = None,
+    watcher: Watcher | None = None,
+) -> Retraining:
     """Return what trains quantized models for `cnncc.compiler.pipeline.compile`.
 
     Its stage is cached as others are, and cut short, the same compile goes on from its checkpoint in the cache.
@@ -230,6 +259,8 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
         material: What is trained on and judged by; its preprocessing gives way to the compile's.
         recipe: How.
         tuning: How a quantized network is.
+        teacher: By default the float model.
+        watcher: Told how it goes; by default the stage's reporter is.
 
     Raises:
         UsageError: The recipe or the tuning makes no sense.
@@ -253,7 +284,7 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
             graph=clean.value["graph"],
             table=table.digest,
             data=[stream.identity for stream in streams],
-            how=[vars(recipe), vars(tuning)],
+            how=[vars(recipe), vars(tuning), teacher.digest if teacher else ""],
             tools=tools("torch", "lightning-fabric", "onnx", "onnxruntime"),
         )
 
@@ -264,8 +295,17 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
             resume = cache.folder / "qat" / f"{key.rpartition(':')[2][:32]}.checkpoint"
             with storage_errors(resume):
                 resume.parent.mkdir(parents=True, exist_ok=True)
-            watcher = _Reporting(reporter, recipe.epochs)
-            tuned = tune(graph, table, opened, recipe, tuning, watcher, name=model.name, checkpoint=resume)
+            tuned = tune(
+                graph,
+                table,
+                opened,
+                recipe,
+                tuning,
+                watcher or _Reporting(reporter, recipe.epochs),
+                name=model.name,
+                checkpoint=resume,
+                teacher=teacher,
+            )
             measured = tuned.table
             if len(streams) > 1 and table.accuracy is not None:
                 reached = Validation(graph, streams[1]).measure(tuned.graph)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from cnncc.compression.pareto_plot import plot
 from cnncc.compression.shrink import Budget, Plan, Point, choose, describe, front_of, lost
@@ -62,16 +63,16 @@ def test_without_a_bound_of_time_or_size_the_fastest_is_taken() -> None:
 
 
 def test_what_is_lost_is_counted_in_points_and_from_the_better_side() -> None:
-    assert lost(point(1, 0.90), WHOLE, TOP_1) == pytest.approx(5)
-    assert lost(point(1, 0.99), WHOLE, TOP_1) == pytest.approx(-4)
-    assert lost(point(1, 0.99), WHOLE, ERROR) == pytest.approx(0.04)
+    assert lost(0.90, 0.95, TOP_1) == pytest.approx(5)
+    assert lost(0.99, 0.95, TOP_1) == pytest.approx(-4)
+    assert lost(0.99, 0.95, ERROR) == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize(
     "plan",
     [
         Plan(shares=()), Plan(shares=(0.5, 0.2)), Plan(shares=(0.0,)), Plan(shares=(0.5, 1.0)), Plan(precisions=()),
-        Plan(precisions=("fp16",)), Plan(importance="luck"), Plan(multiple=0),
+        Plan(precisions=("fp16",)), Plan(importance="luck"), Plan(multiple=0), Plan(qat=-1),
     ],
 )  # fmt: skip
 def test_a_plan_that_makes_no_sense_is_refused(plan: Plan) -> None:
@@ -91,3 +92,4 @@ def test_the_plot_is_the_same_picture_each_time(tmp_path: Path) -> None:
 def test_a_point_is_described_beside_the_whole() -> None:
     said = describe(point(0.25, 0.94, 40, precision="int8"), WHOLE, TOP_1)
     assert said == "50% of the channels gone, int8: top-1 94.00 %, 250.000 ms, 4.00 × as fast, 40% of the size"
+    assert "int8 qat: top-1" in describe(replace(point(0.25, 0.94, precision="int8"), qat=2), WHOLE, TOP_1)
