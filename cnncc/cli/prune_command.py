@@ -48,6 +48,7 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 @click.option("--multiple", type=int, default=8, show_default=True, help="Channels that are left are a multiple of it.")
 @click.option("--most", type=float, default=0.9, show_default=True, help="Share of tied channels that may go.")
 @training_options
+@click.option("--fresh", is_flag=True, help="Begin anew although a checkpoint lies there.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The weights.  [default: NAME-pruned.safetensors]"
 )
@@ -71,6 +72,7 @@ def command(
     multiple: int,
     most: float,
     distil: bool,
+    fresh: bool,
     output: Path | None,
     cache_dir: Path | None,
     **given: Any,
@@ -78,7 +80,8 @@ def command(
     """Prune MODEL, fine-tune it on labelled data, and write its weights.
 
     A structurally pruned model has the code of MODEL and fewer channels: its weights file says so, and
-    `cnncc compile MODEL --weights` takes it as it is.
+    `cnncc compile MODEL --weights` takes it as it is. Interrupted or killed, the same command goes on, and ends with
+    the same weights as if it had not been.
     """
     from cnncc.compiler.model_reference import parse_reference
     from cnncc.compression.distil import Lessons
@@ -107,6 +110,7 @@ def command(
             lessons=Lessons() if distil else None,
             accelerator=given["accelerator"],
             workers=given["workers"],
+            fresh=fresh,
         )
     finally:
         narrator.close()

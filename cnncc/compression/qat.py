@@ -32,12 +32,13 @@ from cnncc.compiler.keys import tools
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
+from cnncc.compression.checkpoint import checkpoint_of, resumable
 from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.fake_quantize import QuantizedNetwork
 from cnncc.compression.graph_network import GraphNetwork, check_batches
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import Task
-from cnncc.compression.train import Material, Opened, checkpoint_of, open_material
+from cnncc.compression.train import Material, Opened, open_material
 from cnncc.compression.training import Job, Trained, Watcher, evaluate, fit
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import load_trusted, with_shapes
@@ -295,26 +296,27 @@ def retraining(
             resume = cache.folder / "qat" / f"{key.rpartition(':')[2][:32]}.checkpoint"
             with storage_errors(resume):
                 resume.parent.mkdir(parents=True, exist_ok=True)
-            tuned = tune(
-                graph,
-                table,
-                opened,
-                recipe,
-                tuning,
-                watcher or _Reporting(reporter, recipe.epochs),
-                name=model.name,
-                checkpoint=resume,
-                teacher=teacher,
-            )
-            measured = tuned.table
-            if len(streams) > 1 and table.accuracy is not None:
-                reached = Validation(graph, streams[1]).measure(tuned.graph)
-                accuracy = replace(table.accuracy, int8=round(reached.value, 4), sqnr_db=round(reached.sqnr_db, 3))
-                measured = replace(measured, accuracy=accuracy)
-            made = with_shapes(quantize(tuned.floats, measured, name=model.name))
-            (folder / CLEANED).write_bytes(made.serialized)
-            (folder / CALIBRATION).write_bytes(measured.to_bytes())
-            resume.unlink(missing_ok=True)
+            told = watcher or _Reporting(reporter, recipe.epochs)
+            with resumable(resume, note=told.note):
+                tuned = tune(
+                    graph,
+                    table,
+                    opened,
+                    recipe,
+                    tuning,
+                    told,
+                    name=model.name,
+                    checkpoint=resume,
+                    teacher=teacher,
+                )
+                measured = tuned.table
+                if len(streams) > 1 and table.accuracy is not None:
+                    reached = Validation(graph, streams[1]).measure(tuned.graph)
+                    accuracy = replace(table.accuracy, int8=round(reached.value, 4), sqnr_db=round(reached.sqnr_db, 3))
+                    measured = replace(measured, accuracy=accuracy)
+                made = with_shapes(quantize(tuned.floats, measured, name=model.name))
+                (folder / CLEANED).write_bytes(made.serialized)
+                (folder / CALIBRATION).write_bytes(measured.to_bytes())
             value = {"graph": made.digest, "nodes": len(made.nodes)}
             return value, {name: folder / name for name in (CLEANED, CALIBRATION)}, _summary(tuned, table, measured)
 
@@ -405,15 +407,12 @@ def quantize_aware(
     check_preprocessing(found, preprocessing)
     model = _model(export, graph, preprocessing)
     checkpoint = checkpoint_of(output)
-    if fresh:
-        with storage_errors(checkpoint):
-            checkpoint.unlink(missing_ok=True)
     opened = open_material(model, material, recipe)
-    tuned = tune(graph, found, opened, recipe, tuning, watcher, name=model.name, checkpoint=checkpoint)
     kept = {layer.node: layer.module for layer in found.kept}
-    tell_findings(with_shapes(tuned.graph), kept.keys(), (), reporter)
-    with atomic_file(output) as partial:
-        partial.write_bytes(tuned.graph.serialized)
-    checkpoint.unlink(missing_ok=True)
+    with resumable(checkpoint, note=watcher.note, fresh=fresh):
+        tuned = tune(graph, found, opened, recipe, tuning, watcher, name=model.name, checkpoint=checkpoint)
+        tell_findings(with_shapes(tuned.graph), kept.keys(), (), reporter)
+        with atomic_file(output) as partial:
+            partial.write_bytes(tuned.graph.serialized)
     made = Quantized(tuned.graph.digest, output.stat().st_size, len(found.layers), tuple(kept.values()))
     return made, tuned

@@ -30,16 +30,16 @@ from cnncc.compiler.compile_request import Retraining
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.weights import load_weights
 from cnncc.compression.channels import Channels
+from cnncc.compression.checkpoint import tells_how_to_go_on
 from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.latency import Engines
 from cnncc.compression.pareto_plot import plot
-from cnncc.compression.prune import Pruning, cost_of, importance_of
+from cnncc.compression.prune import Pruning, take_channels
 from cnncc.compression.qat import Teacher, Tuning, retraining
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import Task
-from cnncc.compression.train import Material, Opened, checkpoint_of, open_material, trainable
-from cnncc.compression.training import Job, Watcher, evaluate, fit
-from cnncc.compression.weights_file import save_weights
+from cnncc.compression.train import Material, Opened, fit_to, open_material, trainable
+from cnncc.compression.training import Job, Watcher, evaluate
 from cnncc.graph.feeds import random_feeds
 from cnncc_runtime.bundle import CALIBRATION, read_bundle
 from cnncc_runtime.digests import canonical_json, digest_json
@@ -68,6 +68,16 @@ class Budget:
     latency: float | None = None
     size: int | None = None
     drop: float | None = None
+
+    @property
+    def text(self) -> str:
+        """What is bounded, in words."""
+        bounds = {
+            f"{(self.latency or 0) * 1e3:g} ms": self.latency,
+            f"{(self.size or 0) / 1e6:g} MB": self.size,
+            f"{self.drop or 0:g} points lost": self.drop,
+        }
+        return ", ".join(text for text, bound in bounds.items() if bound is not None)
 
     def holds(self, point: Point, whole: Point, task: Task) -> bool:
         """Tell whether a point is within."""
@@ -115,6 +125,8 @@ class _State(msgspec.Struct):
     schema: str
     identity: dict[str, str]
     points: list[Point]
+    costs: dict[str, dict[str, float]] = {}
+    """File of weights → what its channels were chosen by: another measurement might choose others."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +172,11 @@ class Plan:
     samples: int = 512
     qat: int = 2
 
+    @property
+    def pruning(self) -> Pruning:
+        """How each size is pruned; ``shares`` say how much of it."""
+        return Pruning(amount=max(self.shares), importance=self.importance, multiple=self.multiple, most=self.most)
+
     def check(self) -> None:
         """Refuse what makes no sense.
 
@@ -172,7 +189,7 @@ class Plan:
             raise UsageError("shares are below 1, and precisions are fp32 and int8", hint="--precisions fp32,int8")
         if self.qat < 0:
             raise UsageError("epochs of training in int8 are not negative", hint="--qat 2, or --qat 0 for none")
-        Pruning(amount=0.5, importance=self.importance, multiple=self.multiple, most=self.most).check()
+        self.pruning.check()
         self.lessons.check()
 
 
@@ -234,7 +251,8 @@ def shrink(
     work.accelerator, work.workers = accelerator, workers
     work.teacher = Teacher(copy.deepcopy(module).eval(), model.digest)
     work.examples = tuple(torch.from_numpy(array) for array in random_feeds(model.inputs, batch=2).values())
-    return work.run()
+    with tells_how_to_go_on(folder / _STATE, watcher.note):
+        return work.run()
 
 
 def lost(metric: float, whole: float, task: Task) -> float:
@@ -307,12 +325,9 @@ class _Work:
         plot(points, front, task, self.folder / PLOT)
         best = choose(points, budget, task)
         if best is None:
-            nearest = min(
-                points,
-                key=lambda point: (lost(point.metric, points[0].metric, task) > (budget.drop or 1e9), point.ratio[0]),
-            )
+            nearest = min(points, key=lambda point: (not self._is_good(point.metric), point.ratio[0]))
             raise BudgetExceeded(
-                f"no variant holds to the budget; nearest is {describe(nearest, points[0], task)}",
+                f"no variant holds to {budget.text}; nearest is {describe(nearest, points[0], task)}",
                 where=[str(self.folder / nearest.bundle)],
                 hint="more --epochs or a gentler --shares recover more; all that was made is in the folder",
             )
@@ -335,11 +350,13 @@ class _Work:
             return made.eval()
         made = copy.deepcopy(before)
         channels = Channels(made, self.examples)
-        costs = self.engines.layers(engine)
+        if path.name not in self.state.costs:
+            self.state.costs[path.name] = self.engines.layers(engine)
+            write_state(self.folder, self.state)
         part = max(0.0, 1 - total * (1 - share) / channels.total)
-        pruning = Pruning(amount=0.5, importance=self.plan.importance, multiple=self.plan.multiple)
-        importance = importance_of(pruning, made, channels, self.data, self.recipe.batch)
-        channels.prune(part, importance, cost=cost_of(costs), multiple=self.plan.multiple, most=self.plan.most)
+        take_channels(
+            channels, made, part, self.plan.pruning, self.data, self.recipe.batch, self.state.costs[path.name]
+        )
         job = Job(
             made,
             self.recipe,
@@ -347,14 +364,11 @@ class _Work:
             self.data.train,
             self.data.validation,
             objective=Distillation(self.teacher.module, made, self.data.task, self.plan.lessons),
-            checkpoint=checkpoint_of(path),
             identity={"run": digest_json(self.state.identity), "share": f"{share}"},
             accelerator=self.accelerator,
             workers=self.workers,
         )
-        fit(job, self.watcher)
-        save_weights(made, path, pruned=True)
-        checkpoint_of(path).unlink(missing_ok=True)
+        fit_to(path, job, self.watcher, pruned=True)
         return made.eval()
 
     def _measure(self, module: nn.Module, share: float) -> None:
