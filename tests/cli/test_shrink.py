@@ -58,7 +58,7 @@ def test_a_model_shrinks_and_a_run_that_was_cut_short_goes_on(digit_data: Path, 
     other = call(*common, "--shares", "0.4", "--precisions", "fp32", "--lr", "0.01", code=2)
     assert "holds another run: it differs in recipe" in other.stderr
     missed = call(*common, "--shares", "0.4,0.6", "--precisions", "fp32", "--latency", "0.01us", code=1)
-    assert "no variant holds to the budget; nearest is" in missed.stderr
+    assert "no variant holds to 1e-05 ms, 6 points lost; nearest is" in missed.stderr
     call("compile", MODEL, "--weights", folder / "0.60.safetensors", "-o", tmp_path / "small.cnncc")
 
 
