@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from tests.cli.harness import Outcome, finish, start
 from tests.cli.test_faults import CODES, DEFAULT_SIGINT
-from tests.compression.sets import bars
+from tests.compression.sets import bars, check_same_weights
 
 pytestmark = pytest.mark.slow
 
@@ -77,14 +76,6 @@ def killed(*command: str, batch: int, number: signal.Signals, kept: set[str]) ->
     return told
 
 
-def check_same(one: Path, other: Path) -> None:
-    """Hold two files of weights to each other, bit for bit."""
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert np.array_equal(tensor.numpy(), second[name].numpy()), name
-
-
 def test_a_pruning_goes_on_after_a_kill_and_after_ctrl_c(place: Path) -> None:
     def command(output: str) -> tuple[str, ...]:
         return ("prune", "nets.py:large", *DATA, "--amount", "0.5", "--steps", "2", "--finetune", "4", "--distil", "-o",
@@ -99,7 +90,7 @@ def test_a_pruning_goes_on_after_a_kill_and_after_ctrl_c(place: Path) -> None:
     assert "the same command goes on from cut.safetensors.checkpoint" in told.stderr
     told = run(*command("cut.safetensors"))
     assert "goes on from cut.safetensors.checkpoint: step 2, fine-tuning" in told.stderr
-    check_same(Path("whole.safetensors"), Path("cut.safetensors"))
+    check_same_weights(Path("whole.safetensors"), Path("cut.safetensors"))
     assert not list(place.glob("*.checkpoint"))
 
 
@@ -114,7 +105,7 @@ def test_a_distillation_goes_on_after_a_kill_and_after_ctrl_c(place: Path) -> No
     told = killed(*command("cut.safetensors"), batch=BATCHES + 2, number=signal.SIGINT, kept=kept)
     assert "the same command goes on from cut.safetensors.checkpoint" in told.stderr
     assert "goes on from cut.safetensors.checkpoint: epoch 3" in run(*command("cut.safetensors")).stderr
-    check_same(Path("whole.safetensors"), Path("cut.safetensors"))
+    check_same_weights(Path("whole.safetensors"), Path("cut.safetensors"))
     assert not list(place.glob("*.checkpoint"))
 
 
@@ -137,7 +128,7 @@ def test_a_shrinking_goes_on_after_a_kill_and_after_ctrl_c(place: Path) -> None:
     assert "the same command goes on from cut/shrink.json" in told.stderr
     told = run(*command("cut"))
     assert "goes on from cut/0.50.safetensors.checkpoint: epoch 3" in told.stderr
-    check_same(Path("whole/0.50.safetensors"), Path("cut/0.50.safetensors"))
+    check_same_weights(Path("whole/0.50.safetensors"), Path("cut/0.50.safetensors"))
     points = json.loads(Path("cut/shrink.json").read_text())["points"]
     assert [(each["share"], each["precision"]) for each in points] == [(0.0, "fp32"), (0.5, "fp32")]
     assert not list(Path("cut").glob("*.checkpoint"))

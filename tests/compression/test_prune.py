@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,28 +9,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compression import training
 from cnncc.compression.distil import Lessons
-from cnncc.compression.latency import Engines, Measured
+from cnncc.compression.latency import Engines
 from cnncc.compression.prune import Pruned, Pruning, prune
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.train import Material
-from cnncc.targets.devices import resolve_profile
 from cnncc_runtime.errors import BudgetExceeded, UsageError
-from tests.compression.sets import Silence, bars
+from tests.compression.sets import Silence, bars, check_same_weights
+from tests.compression.stand_ins import NET, REQUEST, jumpy
 
-NET = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3), nn.Conv2d(16, 24, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(384, 4),
-    )
-"""
 RECIPE = Recipe(batch=16, rate=2e-3, augment="shift:1,noise:0.1")
 STEPS = 4
 """Of an epoch."""
@@ -62,27 +47,6 @@ class Cut(Silence):
             raise Killed
 
 
-class Jumpy(Engines):
-    """Engines that take as long as they have parameters, by and by, and layers that take what chance says."""
-
-    def build(self, module: object, bundle: Path, *_: object) -> None:
-        count = sum(parameter.numel() for parameter in module.parameters())  # type: ignore[attr-defined]
-        bundle.write_text(str(count))
-
-    def layers(self, bundle: Path) -> dict[str, float]:
-        assert bundle.exists()
-        return {layer: self.draw() for layer in ("0", "4", "7")}
-
-    def compare(self, bundles: Mapping[str, Path]) -> dict[str, Measured]:
-        return {name: Measured(int(path.read_text()) * 1e-9, 1) for name, path in bundles.items()}
-
-    def draw(self) -> float:
-        return random.Random(f"{self.target} {next(COUNT)}").uniform(1e-6, 1e-3)
-
-
-COUNT = itertools.count()
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a network and data, to be in; checkpoints are kept after each step."""
@@ -97,23 +61,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(output: str, pruning: Pruning, watcher: Silence, engines: Engines | None = None, **more: object) -> Pruned:
     """Prune in the folder that a test is in."""
-    request = ModelRequest("net.py:build", None, ("1,3,12,12",))
     recipe = more.pop("recipe", RECIPE)
-    return prune(request, Material("train.npz", "held.npz"), pruning, recipe, Path(output), watcher,  # type: ignore[arg-type]
+    return prune(REQUEST, Material("train.npz", "held.npz"), pruning, recipe, Path(output), watcher,  # type: ignore[arg-type]
                  engines=engines, accelerator="cpu", **more)  # type: ignore[arg-type]  # fmt: skip
-
-
-def jumpy() -> Engines:
-    """Return engines whose layers take other times at each measurement."""
-    return Jumpy(ModelRequest("net.py:build", None, ("1,3,12,12",)), resolve_profile("host"))
-
-
-def check_same(one: str, other: str) -> None:
-    """Hold two files of weights to each other, bit for bit."""
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert np.array_equal(tensor.numpy(), second[name].numpy()), name
 
 
 TAYLOR = (CHANNELS, Lessons())
@@ -143,24 +93,28 @@ def test_a_pruning_that_was_killed_ends_with_the_same_weights(
     again = run("cut.safetensors", pruning, watcher, lessons=lessons)
     assert any(f"goes on from cut.safetensors.checkpoint: step {1 if steps <= 2 * STEPS else 2}" in note
                for note in watcher.notes)  # fmt: skip
-    check_same("whole.safetensors", "cut.safetensors")
+    check_same_weights("whole.safetensors", "cut.safetensors")
     assert (again.states, again.dense) == (whole.states, whole.dense)
     assert not list(place.glob("*.checkpoint"))
 
 
 def test_channels_are_chosen_by_what_was_measured_before_the_kill(place: Path) -> None:
-    engines = jumpy()
-    assert engines.layers(place) != engines.layers(place)
+    engines, pruning = jumpy(), replace(CHANNELS, importance="magnitude")
     with pytest.raises(Killed):
-        run("cut.safetensors", CHANNELS, Cut(2 * STEPS + 2), engines)
+        run("cut.safetensors", pruning, Cut(2 * STEPS + 2), engines)
     kept = {path.name: path.read_bytes() for path in place.glob("*.checkpoint")}
     assert len(kept) == 2
-    run("cut.safetensors", CHANNELS, Silence(), engines)
+    run("cut.safetensors", pruning, Silence(), engines)
     Path("cut.safetensors").rename("first.safetensors")
     for name, data in kept.items():
         Path(name).write_bytes(data)
-    run("cut.safetensors", CHANNELS, Silence(), engines)
-    check_same("first.safetensors", "cut.safetensors")
+    run("cut.safetensors", pruning, Silence(), engines)
+    check_same_weights("first.safetensors", "cut.safetensors")
+    shapes = []
+    for name in ("one.safetensors", "other.safetensors"):
+        run(name, replace(pruning, finetune=0), Silence(), engines)
+        shapes.append(load_file(name)["0.weight"].shape)
+    assert shapes[0] != shapes[1], "another measurement chooses other channels"
 
 
 def test_a_search_goes_on_with_what_it_measured(place: Path) -> None:
@@ -178,7 +132,7 @@ def test_a_search_goes_on_with_what_it_measured(place: Path) -> None:
     # the note of the third engine came before it was kept
     assert watcher.notes[0] == "goes on from cut.safetensors.checkpoint: engine 3 of the search"
     assert watcher.notes[1:] == whole.notes[2:]
-    check_same("whole.safetensors", "cut.safetensors")
+    check_same_weights("whole.safetensors", "cut.safetensors")
 
 
 def test_a_budget_that_cannot_be_met_leaves_the_best_and_no_checkpoint(place: Path) -> None:
@@ -213,7 +167,7 @@ def test_other_options_are_another_pruning_unless_it_begins_anew(
     run("cut.safetensors", pruning, watcher, fresh=True, **changes)
     assert not watcher.notes
     run("other.safetensors", pruning, Silence(), **changes)
-    check_same("cut.safetensors", "other.safetensors")
+    check_same_weights("cut.safetensors", "other.safetensors")
 
 
 def test_a_damaged_checkpoint_is_refused(place: Path) -> None:
