@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cnncc.cli.main import cache_option, common
-from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache
+from cnncc.cli.options import MODEL_HELP, model_options, model_request
 from cnncc.cli.render import Render, size_text
 from cnncc.cli.train_command import Narrator, material_of, recipe_of, training_options
-from cnncc_runtime.errors import UsageError
+from cnncc.cli.variant_options import engines_of, parse_latency, variant_options
 
 if TYPE_CHECKING:
     from cnncc.compression.prune import Pruned, State
-
-_LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms|us|µs)")
-_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 
 @click.command(name="prune", epilog=MODEL_HELP)
@@ -32,20 +28,11 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
     "2:4: half of the weights, for sparse tensor cores (`cnncc compile --target cuda --sparse`).",
 )
 @click.option("--amount", type=float, metavar="SHARE", help="Of channels or weights that go: 0.5")
-@click.option("--latency", "latency_text", metavar="TIME", help="What the engine of --target may take: 4ms")
 @click.option("--target", help="Measure engines for it on this machine: channels cost what they take there.")
-@click.option("--device", default="host", show_default=True, help="What the target's engines are for.")
 @click.option("--finetune", type=int, default=5, show_default=True, metavar="EPOCHS", help="After pruning, in all.")
 @click.option("--steps", type=int, default=1, show_default=True, help="Prune and fine-tune a part at a time.")
-@click.option(
-    "--importance",
-    type=click.Choice(["magnitude", "batchnorm", "taylor"]),
-    default="taylor",
-    show_default=True,
-    help="What channels are worth: by their weights, by BatchNorm's scales, or by how much the loss would change.",
-)
 @click.option("--distil", is_flag=True, help="Fine-tune by the outputs of MODEL as it was, and by the labels.")
-@click.option("--multiple", type=int, default=8, show_default=True, help="Channels that are left are a multiple of it.")
+@variant_options
 @click.option("--most", type=float, default=0.9, show_default=True, help="Share of tied channels that may go.")
 @training_options
 @click.option(
@@ -71,6 +58,7 @@ def command(
     multiple: int,
     most: float,
     distil: bool,
+    fresh: bool,
     output: Path | None,
     cache_dir: Path | None,
     **given: Any,
@@ -78,7 +66,8 @@ def command(
     """Prune MODEL, fine-tune it on labelled data, and write its weights.
 
     A structurally pruned model has the code of MODEL and fewer channels: its weights file says so, and
-    `cnncc compile MODEL --weights` takes it as it is.
+    `cnncc compile MODEL --weights` takes it as it is. Interrupted or killed, the same command goes on, and ends with
+    the same weights as if it had not been.
     """
     from cnncc.compiler.model_reference import parse_reference
     from cnncc.compression.distil import Lessons
@@ -88,17 +77,13 @@ def command(
     pruning = Pruning(method, amount, steps, finetune, importance, multiple, most, parse_latency(latency_text))
     pruning.check()
     request = model_request(model, weights, input_shapes, input_dtypes)
-    engines = None
-    if target is not None:
-        from cnncc.compression.latency import Engines
-        from cnncc.targets.devices import resolve_profile
-
-        engines = Engines(request, resolve_profile(device), target, open_cache(cache_dir, render))
-    narrator = Narrator(render, finetune)
+    material = material_of(given)
+    engines = engines_of(request, material, target, device, cache_dir, render) if target is not None else None
+    narrator = Narrator(render, finetune if steps == 1 else None)
     try:
         pruned = prune(
             request,
-            material_of(given),
+            material,
             pruning,
             recipe_of(given, finetune),
             path,
@@ -107,26 +92,13 @@ def command(
             lessons=Lessons() if distil else None,
             accelerator=given["accelerator"],
             workers=given["workers"],
+            fresh=fresh,
         )
     finally:
         narrator.close()
     if method == "unstructured":
         render.note("dense engines gain nothing from zeros that lie anywhere: they multiply by them all the same")
     render.result({"weights": str(path), "method": method, **_document(pruned)}, lambda: _text(render, path, pruned))
-
-
-def parse_latency(text: str | None) -> float | None:
-    """Return the seconds of ``4ms``, ``0.25 s`` or ``300us``; None for None.
-
-    Raises:
-        UsageError: It is no time.
-    """
-    if text is None:
-        return None
-    found = _LATENCY.fullmatch(text.strip())
-    if found is None:
-        raise UsageError(f"'{text}' is no time", hint="as in --latency 4ms")
-    return float(found[1]) * _UNITS[found[2]]
 
 
 def _document(pruned: Pruned) -> dict[str, Any]:

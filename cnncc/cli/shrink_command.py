@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,22 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cnncc.cli.main import cache_option, common
-from cnncc.cli.options import MODEL_HELP, model_options, model_request, open_cache
-from cnncc.cli.prune_command import parse_latency
+from cnncc.cli.options import MODEL_HELP, model_options, model_request
 from cnncc.cli.render import MARKS, Render, size_text
 from cnncc.cli.train_command import Narrator, material_of, recipe_of, training_options
+from cnncc.cli.variant_options import engines_of, parse_latency, parse_size, variant_options
 from cnncc_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from cnncc.compression.shrink import Point, Shrunk
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|KB|MB|GB)")
-_BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
-
 
 @click.command(name="shrink", epilog=MODEL_HELP)
 @model_options
-@click.option("--latency", "latency_text", metavar="TIME", help="What a run may take: 4ms")
 @click.option("--size", "size_text_", metavar="BYTES", help="What the engine and its weights may take: 2MB")
 @click.option(
     "--max-accuracy-drop",
@@ -39,18 +34,17 @@ _BYTES = {"kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 )
 @click.option("--precisions", default="fp32,int8", show_default=True, help="Of the engines of each size.")
 @click.option("--epochs", type=int, default=5, show_default=True, help="Of fine-tuning, of each size.")
-@click.option("--target", default="llvm", show_default=True, help="Whose engines are built and measured, here.")
-@click.option("--device", default="host", show_default=True, help="What they are for.")
 @click.option(
-    "--importance",
-    type=click.Choice(["magnitude", "batchnorm", "taylor"]),
-    default="taylor",
+    "--qat",
+    type=int,
+    default=2,
     show_default=True,
-    help="What channels are worth; what they cost is measured.",
+    metavar="EPOCHS",
+    help="Train int8 where calibration alone loses more than --max-accuracy-drop and fp32 does not; 0 for never.",
 )
-@click.option("--multiple", type=int, default=8, show_default=True, help="Channels that are left are a multiple of it.")
+@click.option("--target", default="llvm", show_default=True, help="Whose engines are built and measured, here.")
+@variant_options
 @training_options
-@click.option("--fresh", is_flag=True, help="Begin anew although a run of other options lies in the folder.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder.  [default: MODEL's name -shrunk]")
 @cache_option
 @common
@@ -67,6 +61,7 @@ def command(
     shares: str,
     precisions: str,
     epochs: int,
+    qat: int,
     target: str,
     device: str,
     importance: str,
@@ -79,33 +74,33 @@ def command(
     """Make MODEL smaller and smaller: prune, fine-tune by what it was, quantize, compile, measure.
 
     Every size is an engine in the folder, timed in turns with the whole model's; the best of those that hold to the
-    budgets is named. Interrupted, the same command goes on where it was, and what was made so far is of use.
+    budgets is named. int8 is calibrated, and where that loses too much also trained, as a point of its own (int8 qat).
+    Interrupted, the same command goes on where it was, and what was made so far is of use.
     """
     from cnncc.compiler.model_reference import parse_reference
-    from cnncc.compression.latency import Engines
     from cnncc.compression.shrink import PLOT, Budget, Plan, describe, shrink
-    from cnncc.targets.devices import resolve_profile
 
     folder = output or Path(f"{parse_reference(model).name}-shrunk")
     latency, size = parse_latency(latency_text), parse_size(size_text_)
     budget = Budget(latency, size, 1.0 if drop is None and latency is None and size is None else drop)
     names = tuple(each.strip() for each in precisions.split(","))
-    plan = Plan(_shares(shares), names, importance, multiple)
+    plan = Plan(_shares(shares), names, importance, multiple, qat=qat)
     request = model_request(model, weights, input_shapes, input_dtypes)
-    engines = Engines(request, resolve_profile(device), target, open_cache(cache_dir, render))
-    narrator = Narrator(render, epochs)
+    material = material_of(given)
+    engines = engines_of(request, material, target, device, cache_dir, render)
+    narrator = Narrator(render, None)
     since = time.monotonic()
 
     def told(point: Point) -> None:
         nonlocal since
-        detail = f"{point.share:.0%} gone, {point.precision}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
+        detail = f"{point.share:.0%} gone, {point.form}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
         render.done("engine", time.monotonic() - since, detail, reused=False)
         since = time.monotonic()
 
     try:
         shrunk = shrink(
             request,
-            material_of(given),
+            material,
             budget,
             plan,
             recipe_of(given, epochs),
@@ -114,6 +109,7 @@ def command(
             engines,
             told=told,
             accelerator=given["accelerator"],
+            workers=given["workers"],
             fresh=fresh,
         )
     finally:
@@ -132,7 +128,7 @@ def command(
             [
                 MARKS["ok"] if point is best else ("·" if point in shrunk.front else ""),
                 f"{point.share:.0%} gone" if point.share else "whole",
-                point.precision,
+                point.form,
                 shrunk.task.text(point.metric),
                 f"{point.seconds * 1e3:.3f} ms",
                 f"{1 / point.ratio[0]:.2f} ×",
@@ -158,17 +154,3 @@ def _shares(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as exc:
         raise UsageError(f"--shares {text} is no list of shares", hint="--shares 0.25,0.5") from exc
-
-
-def parse_size(text: str | None) -> int | None:
-    """Return the bytes of ``2MB`` or ``500 kB``; None for None.
-
-    Raises:
-        UsageError: It is no size.
-    """
-    if text is None:
-        return None
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise UsageError(f"'{text}' is no size", hint="as in --size 2MB")
-    return round(float(found[1]) * _BYTES[found[2]])

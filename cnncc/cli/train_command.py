@@ -124,24 +124,24 @@ class Narrator:
 
     Args:
         render: Writes.
-        epochs: How many there will be.
+        epochs: How many there will be; None where trainings of several lengths follow one another.
         log: TensorBoard's folder; None for none.
     """
 
-    def __init__(self, render: Render, epochs: int, log: Path | None = None) -> None:
-        self._render, self._epochs = render, epochs
+    def __init__(self, render: Render, epochs: int | None, log: Path | None = None) -> None:
+        self._render, self._of = render, "" if epochs is None else f" of {epochs}"
         self._board = _board(log) if log else None
         self.task: Task | None = None
         self._begin()
 
     def step(self, epoch: int, done: float) -> None:
         """Move the bar."""
-        self._render.progress(f"epoch {epoch} of {self._epochs}", done)
+        self._render.progress(f"epoch {epoch}{self._of}", done)
 
     def epoch(self, number: int, facts: Mapping[str, float]) -> None:
         """Say what came of an epoch."""
         judged = f", metric {facts['metric']:.4f}" if "metric" in facts else ""
-        detail = f"{number} of {self._epochs}: loss {facts['loss']:.4f}{judged}, rate {facts['rate']:.2g}"
+        detail = f"{number}{self._of}: loss {facts['loss']:.4f}{judged}, rate {facts['rate']:.2g}"
         self._render.done("epoch", time.monotonic() - self._since, detail, reused=False)
         if self._board is not None:
             for name, value in facts.items():

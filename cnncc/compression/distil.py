@@ -26,11 +26,10 @@ from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compression.examples import Batch
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import REGRESSION, Task, check_targets, first_output
-from cnncc.compression.train import Material, checkpoint_of, open_material, trainable
-from cnncc.compression.training import Job, Trained, Watcher, fit
-from cnncc.compression.weights_file import check_output, is_pruned, save_weights
+from cnncc.compression.train import Material, fit_to, open_material, trainable
+from cnncc.compression.training import Job, Trained, Watcher
+from cnncc.compression.weights_file import check_output, is_pruned
 from cnncc_runtime.errors import ModelRefused, UsageError
-from cnncc_runtime.files import storage_errors
 
 _SHOWN = 8
 
@@ -308,11 +307,6 @@ def distil(
     opened = open_material(model, material, recipe)
     [probe] = opened.train.__getitems__([0])
     objective = Distillation(teaching, module, opened.task, lessons, probe.inputs, seed=recipe.seed)
-    checkpoint = checkpoint_of(output)
-    if fresh:
-        with storage_errors(checkpoint):
-            checkpoint.unlink(missing_ok=True)
-    own = {"model": model.digest, "teacher": known.digest, "loss": material.loss, "metric": material.metric}
     job = Job(
         module,
         recipe,
@@ -321,16 +315,12 @@ def distil(
         opened.validation,
         objective=objective,
         beside=objective.regressors,
-        checkpoint=checkpoint,
-        identity=own | lessons.identity,
+        identity={"model": model.digest, "teacher": known.digest, **material.hooks, **lessons.identity},
         accelerator=accelerator,
         workers=workers,
     )
-    trained = fit(job, watcher)
-    notes = {"metric": opened.task.text(trained.best)} if opened.validation else {}
-    save_weights(module, output, {"teacher": known.digest, **notes}, pruned=is_pruned(student.weights))
-    checkpoint.unlink(missing_ok=True)
-    return trained, opened.task
+    notes, pruned = {"teacher": known.digest}, is_pruned(student.weights)
+    return fit_to(output, job, watcher, notes=notes, pruned=pruned, fresh=fresh), opened.task
 
 
 def _teacher(request: ModelRequest) -> tuple[Model, nn.Module]:

@@ -15,7 +15,7 @@ from cnncc.compiler.bench.runner import run_benchmark
 from cnncc.compiler.bench.subjects import OURS, Subject
 from cnncc.compiler.cache import Cache, default_cache_folder
 from cnncc.compiler.calibration import Calibration
-from cnncc.compiler.compile_request import INT8, CompileRequest
+from cnncc.compiler.compile_request import INT8, CompileRequest, Retraining
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.payoff import THREADS, kernel_times
 from cnncc.compiler.pipeline import compile
@@ -27,6 +27,7 @@ from cnncc.graph.reader import load_trusted
 from cnncc.targets.base import Profile
 from cnncc_runtime.bundle import REFERENCE, read_bundle
 from cnncc_runtime.errors import UsageError
+from cnncc_runtime.preprocess import Preprocessing
 from cnncc_runtime.specs import Feeds
 
 _ROUNDS, _SECONDS = 8, 1.0
@@ -58,6 +59,7 @@ class Engines:
         target: The target's name.
         cache: Of the compiler's stages.
         reporter: Told of the compiler's notes.
+        preprocessing: The contract that bundles carry, instead of the model's own.
     """
 
     request: ModelRequest
@@ -65,14 +67,22 @@ class Engines:
     target: str = "llvm"
     cache: Cache = field(default_factory=lambda: Cache(default_cache_folder(), lambda _: None))
     reporter: Reporter = field(default_factory=Silent)
+    preprocessing: Preprocessing | None = None
 
-    def build(self, module: nn.Module, bundle: Path, calibration: Calibration | None = None) -> None:
+    def build(
+        self,
+        module: nn.Module,
+        bundle: Path,
+        calibration: Calibration | None = None,
+        retraining: Retraining | None = None,
+    ) -> None:
         """Compile a variant into a bundle, proven as every bundle is.
 
         Args:
             module: Of the model's modules, with as many channels or fewer.
             bundle: Where it goes.
             calibration: Makes it int8, whether that is faster or not; None for float32.
+            retraining: Trains it in int8, whatever calibration reaches; None for calibration alone.
 
         Raises:
             As `cnncc.compiler.pipeline.compile`.
@@ -80,7 +90,10 @@ class Engines:
         with tempfile.TemporaryDirectory(prefix="cnncc-variant-") as folder:
             weights = Path(folder) / "weights.safetensors"
             save_weights(module, weights, pruned=True)
-            request = CompileRequest(replace(self.request, weights=weights), self.profile, bundle, self.target)
+            model = replace(self.request, weights=weights)
+            request = CompileRequest(
+                model, self.profile, bundle, self.target, preprocessing=self.preprocessing, retraining=retraining
+            )
             if calibration is not None:
                 request = replace(request, precision=INT8, calibration=calibration, allow_slow=True)
             if compile(request, cache=self.cache, reporter=self.reporter).parity != "passed":

@@ -13,11 +13,11 @@ from cnncc_runtime.files import atomic_file
 if TYPE_CHECKING:
     from cnncc.compression.shrink import Point
 
-_COLOURS = {"fp32": "#4269d0", "int8": "#efb118"}
+_COLOURS = {"fp32": "#4269d0", "int8": "#efb118", "int8 qat": "#ff725c"}
 
 
 def plot(points: Sequence[Point], front: Sequence[Point], task: Task, path: Path) -> None:
-    """Draw points, by precision, and the front through the best of them.
+    """Draw points, by what their engines compute in, and the front through the best of them.
 
     Args:
         points: All.
@@ -40,13 +40,13 @@ def plot(points: Sequence[Point], front: Sequence[Point], task: Task, path: Path
         [each.seconds * 1e3 for each in front], [each.metric * scale for each in front], color="#999999", zorder=1,
         drawstyle="steps-post", label="best so far",
     )  # fmt: skip
-    for precision in dict.fromkeys(point.precision for point in points):
-        those = [point for point in points if point.precision == precision]
+    for form in dict.fromkeys(point.form for point in points):
+        those = [point for point in points if point.form == form]
         axes.scatter(
             [each.seconds * 1e3 for each in those],
             [each.metric * scale for each in those],
-            color=_COLOURS.get(precision),
-            label=precision,
+            color=_COLOURS.get(form),
+            label=form,
             zorder=2,
         )
     for point in points:

@@ -6,6 +6,9 @@
 
 With a target, channels cost what its engine takes for them, measured layer by layer; with a budget of latency, the
 share is the smallest that meets it.
+
+A run that was cut short goes on from what it keeps beside the output (`_Progress`), and takes the same channels as one
+that was left alone: what was measured is kept, since another measurement might decide otherwise.
 """
 
 from __future__ import annotations
@@ -23,15 +26,17 @@ from torch import nn
 from cnncc.compiler.ingest import Model
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compression.channels import Bundle, Channels, Importance
+from cnncc.compression.checkpoint import Kept, checkpoint_of, read_checkpoint, resumable, write_checkpoint
 from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.latency import Engines, Measured
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.sparsity import Masks, apply_masks, two_of_four, unstructured, zeros
 from cnncc.compression.task import Task
 from cnncc.compression.train import Material, Opened, open_material, trainable
-from cnncc.compression.training import Job, Objective, Watcher, evaluate, fit
+from cnncc.compression.training import Job, Objective, Watcher, circumstances, evaluate, fit
 from cnncc.compression.weights_file import check_output, is_pruned, save_weights
 from cnncc.graph.feeds import random_feeds
+from cnncc_runtime.digests import digest_json
 from cnncc_runtime.errors import BudgetExceeded, DependencyMissing, ModelRefused, UsageError
 
 STRUCTURED, UNSTRUCTURED, TWO_OF_FOUR = METHODS = ("structured", "unstructured", "2:4")
@@ -139,24 +144,27 @@ def prune(
     lessons: Lessons | None = None,
     accelerator: str = "auto",
     workers: int = 0,
+    fresh: bool = False,
 ) -> Pruned:
-    """Prune a model, fine-tune it, and write its weights.
+    """Prune a model, fine-tune it, and write its weights; what was cut short goes on.
 
     Args:
         request: MODEL and its weights.
         material: What it is fine-tuned and judged on.
         pruning: What goes.
         recipe: How it is fine-tuned; its epochs are ``pruning.finetune``.
-        output: ``.safetensors``; of fewer channels than the factory gives, its header says so.
+        output: ``.safetensors``; of fewer channels than the factory gives, its header says so. Checkpoints lie beside
+            it until it is written.
         watcher: Told how it goes.
         engines: Measures; needed for a budget of latency, and makes channels cost what they take.
         lessons: What fine-tuning is taught by the model as it was; None for nothing.
         accelerator: As `training.fit` has it.
         workers: As `training.fit` has it.
+        fresh: Whether to begin anew where there is a checkpoint.
 
     Raises:
         BudgetExceeded: No share of channels meets the latency; the fastest that was found is written.
-        UsageError: The flags make no sense.
+        UsageError: The flags make no sense, or the checkpoint is of another pruning.
         ModelRefused: The model cannot be traced, or does not run with fewer channels.
         As `training.fit`.
     """
@@ -167,10 +175,76 @@ def prune(
     if pruning.latency is not None and engines is None:
         raise UsageError("a budget of latency needs an engine that is measured", hint="add --target llvm")
     model, module = trainable(request)
-    work = _Work(model, module, open_material(model, material, recipe), pruning, recipe, watcher, engines)
-    work.options = {"accelerator": accelerator, "workers": workers}
-    with tempfile.TemporaryDirectory(prefix="cnncc-prune-") as folder:
-        return work.run(Path(folder), output, lessons, was_pruned=is_pruned(request.weights))
+    data = open_material(model, material, recipe)
+    identity = {
+        "model": model.digest,
+        **material.hooks,
+        **circumstances(recipe, data.train, data.validation),
+        **{name: str(value) for name, value in vars(pruning).items()},
+        **(lessons.identity if lessons else {"distilled": "no"}),
+        "engines": f"{engines.target} {engines.profile}" if engines else "none",
+    }
+    files = checkpoint_of(output), checkpoint_of(output.with_name(f"{output.name}.finetune"))
+    with (
+        resumable(*files, note=watcher.note, fresh=fresh),
+        tempfile.TemporaryDirectory(prefix="cnncc-prune-") as folder,
+    ):
+        kept = read_checkpoint(_Progress, files[0], identity)
+        if kept is not None:
+            watcher.note(f"goes on from {files[0]}: {kept.where}")
+        work = _Work(model, module, data, pruning, recipe, watcher, engines, files, kept or _Progress(identity))
+        work.options = {"accelerator": accelerator, "workers": workers}
+        pruned = work.run(Path(folder), output, lessons, was_pruned=is_pruned(request.weights))
+    if work.missed:
+        raise BudgetExceeded(
+            f"{work.missed}; the weights of that are written",
+            where=[str(output)],
+            hint="a smaller model, or int8 (`cnncc shrink`), may meet it",
+        )
+    return pruned
+
+
+Worths = dict[str, torch.Tensor]
+"""Layer → what each of its channels is worth."""
+
+
+@dataclass
+class _Progress(Kept):
+    """How far a pruning is; kept once something was decided by what was measured, or was cut.
+
+    Attributes:
+        costs: Module path → seconds in the engine before anything was cut.
+        before: Seconds of that engine; NaN where there is no budget of latency.
+        tries: Seconds of the engines of the search for a share, in its order.
+        worths: Of each cut of channels: by these the same channels are taken again.
+        cuts: Cuts that were made.
+        tuned: Cuts that were fine-tuned.
+        states: Share, parameters, zeros and metric of each `State`.
+        weights: The model's.
+        masks: What must stay zero, of the last cut.
+        dense: As `Pruned` has it.
+    """
+
+    FORM = "cnncc.pruning/1"
+    WORK = "pruning"
+
+    costs: dict[str, float] = field(default_factory=dict)
+    before: float = float("nan")
+    tries: list[float] = field(default_factory=list)
+    worths: list[Worths] = field(default_factory=list)
+    cuts: int = 0
+    tuned: int = 0
+    states: list[tuple[float, int, float, float]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """Where a run goes on."""
+        if not self.cuts:
+            return f"engine {len(self.tries) + 1} of the search"
+        return f"step {self.cuts}, fine-tuning" if self.tuned < self.cuts else f"step {self.cuts + 1}"
 
 
 @dataclass
@@ -184,32 +258,42 @@ class _Work:
     recipe: Recipe
     watcher: Watcher
     engines: Engines | None
+    files: tuple[Path, Path]
+    progress: _Progress
     options: dict[str, Any] = field(default_factory=dict)
-    costs: Mapping[str, float] = field(default_factory=dict)
-    dense: tuple[str, ...] = ()
     missed: str = ""
 
     def run(self, folder: Path, output: Path, lessons: Lessons | None, *, was_pruned: bool) -> Pruned:
         """Prune, step by step, and write what is left."""
-        structured = self.pruning.method == STRUCTURED
+        structured, progress = self.pruning.method == STRUCTURED, self.progress
         teacher = copy.deepcopy(self.module)
         bundles: dict[str, Path] = {}
         if self.engines is not None:
             bundles["before"] = folder / "before.cnncc"
             self.engines.build(self.module, bundles["before"])
-            self.costs = self.engines.layers(bundles["before"]) if self.pruning.costs else {}
-        states = [self._state(0.0)]
+            if self.pruning.costs and not progress.states:
+                progress.costs = self.engines.layers(bundles["before"])
+        if not progress.states:
+            self._note_state(0.0)
         share = self._share(folder, bundles)
         channels = Channels(self.module, self._examples()) if structured else None
+        self._restore(channels, share)
         for step in range(1, self.pruning.steps + 1):
-            part = share * step / self.pruning.steps
-            masks = self._cut(channels, part)
-            states.append(self._state(part))
-            if self.pruning.finetune:
+            part = self._part(share, step)
+            if step > progress.cuts:
+                self.files[1].unlink(missing_ok=True)  # of the step before, which is over
+                self._cut(channels, part)
+                progress.cuts = step
+                self._note_state(part)
+                self._keep()
+            if self.pruning.finetune and step > progress.tuned:
                 taught = Distillation(teacher, self.module, self.data.task, lessons) if lessons else None
-                self._finetune(step, masks, taught)
-                states.append(self._state(part))
+                self._finetune(step, taught)
+                progress.tuned = step
+                self._note_state(part)
+                self._keep()
         save_weights(self.module, output, {"pruned": self.pruning.method}, pruned=structured or was_pruned)
+        states = [State(*each) for each in progress.states]
         if self.engines is not None:
             bundles["after"] = folder / "after.cnncc"
             self.engines.build(self.module, bundles["after"])
@@ -217,9 +301,27 @@ class _Work:
             states[0] = replace(states[0], engine=found["before"])
             states[-1] = replace(states[-1], engine=found["after"])
             self._check_latency(found["after"].seconds)
-        if self.missed:
-            raise BudgetExceeded(self.missed, where=[str(output)], hint="a smaller model, or int8, may meet it")
-        return Pruned(tuple(states), self.data.task, self.dense)
+        return Pruned(tuple(states), self.data.task, progress.dense)
+
+    def _part(self, share: float, step: int) -> float:
+        """Return the share that is gone after a step."""
+        return share * step / self.pruning.steps
+
+    def _restore(self, channels: Channels | None, share: float) -> None:
+        """Bring the model to where an earlier run left it."""
+        progress = self.progress
+        for number, worths in enumerate(progress.worths):
+            assert channels is not None
+            self._take_again(channels, self._part(share, number + 1), worths)
+        if progress.cuts:
+            self.module.load_state_dict(progress.weights)
+
+    def _take_again(self, channels: Channels, share: float, worths: Worths) -> None:
+        take(channels, share, lambda group: worths.get(channels.name_of(group)), self.pruning, self.progress.costs)
+
+    def _keep(self) -> None:
+        self.progress.weights = self.module.state_dict()
+        write_checkpoint(self.progress, self.files[0])
 
     def _check_latency(self, seconds: float) -> None:
         latency = self.pruning.latency
@@ -229,29 +331,29 @@ class _Work:
     def _examples(self) -> tuple[torch.Tensor, ...]:
         return tuple(torch.from_numpy(array) for array in random_feeds(self.model.inputs, batch=2).values())
 
-    def _state(self, share: float) -> State:
+    def _note_state(self, share: float) -> None:
         metric = float("nan")
         if self.data.validation is not None:
             metric = evaluate(self.module, self.data.task, self.data.validation)
         count = sum(parameter.numel() for parameter in self.module.parameters())
-        return State(share, count, zeros(self.module), metric)
+        self.progress.states.append((share, count, zeros(self.module), metric))
 
-    def _cut(self, channels: Channels | None, share: float) -> Masks:
-        """Take away until a share is gone; return what must stay zero."""
+    def _cut(self, channels: Channels | None, share: float) -> None:
+        """Take away until a share is gone."""
+        progress = self.progress
         if channels is not None:
-            importance = importance_of(self.pruning, self.module, channels, self.data, self.recipe.batch)
-            channels.prune(
-                share, importance, cost=cost_of(self.costs), multiple=self.pruning.multiple, most=self.pruning.most
-            )
-            return {}
+            progress.worths.append(self._take(channels, self.module, share))
+            return
         if self.pruning.method == TWO_OF_FOUR:
-            masks, self.dense = two_of_four(self.module)
+            progress.masks, progress.dense = two_of_four(self.module)
         else:
-            masks = unstructured(self.module, share)
-        apply_masks(self.module, masks)
-        return masks
+            progress.masks = unstructured(self.module, share)
+        apply_masks(self.module, progress.masks)
 
-    def _finetune(self, step: int, masks: Masks, objective: Objective | None) -> None:
+    def _take(self, channels: Channels, module: nn.Module, share: float) -> Worths:
+        return take_channels(channels, module, share, self.pruning, self.data, self.recipe.batch, self.progress.costs)
+
+    def _finetune(self, step: int, objective: Objective | None) -> None:
         job = Job(
             self.module,
             replace(self.recipe, epochs=max(1, round(self.pruning.finetune / self.pruning.steps))),
@@ -259,8 +361,9 @@ class _Work:
             self.data.train,
             self.data.validation,
             objective=objective,
-            after_step=lambda module: apply_masks(module, masks),
-            identity={"model": self.model.digest, "pruning": f"{self.pruning}, step {step}"},
+            after_step=lambda module: apply_masks(module, self.progress.masks),
+            checkpoint=self.files[1],
+            identity={"pruning": digest_json(self.progress.identity), "step of the pruning": f"{step}"},
             **self.options,
         )
         fit(job, self.watcher)
@@ -271,37 +374,83 @@ class _Work:
         if latency is None:
             return 0.5 if self.pruning.amount is None else self.pruning.amount
         assert self.engines is not None
-        if self.engines.compare(bundles)["before"].seconds <= latency:
+        progress = self.progress
+        if not progress.tries:
+            progress.before = self.engines.compare(bundles)["before"].seconds
+        if progress.before <= latency:
             raise UsageError(f"the engine meets {latency * 1e3:g} ms as it is", hint="a smaller --latency, or --amount")
-        low, high, met = 0.0, self.pruning.most, False
+        low, high = 0.0, self.pruning.most
         for number in range(_SEARCH):
             share = high if number == 0 else (low + high) / 2
-            seconds = self._try(folder / f"try-{number}.cnncc", share)
-            self.watcher.note(f"{share:.1%} of the channels: {seconds * 1e3:.3f} ms")
+            if number == len(progress.tries):
+                progress.tries.append(self._try(folder / f"try-{number}.cnncc", share))
+                self.watcher.note(f"{share:.1%} of the channels: {progress.tries[number] * 1e3:.3f} ms")
+                self._keep()
+            seconds = progress.tries[number]
             if seconds <= _SPARE * latency or (number == 0 and seconds <= latency):
-                high, met = share, True
+                high = share
             elif number == 0:
-                self.missed = f"no share of channels takes the engine to {latency * 1e3:g} ms: {seconds * 1e3:.3f} ms"
-                return share
+                self.missed = (
+                    f"no share of channels takes the engine to {latency * 1e3:g} ms: with {share:.0%} gone, "
+                    f"it takes {seconds * 1e3:.3f} ms"
+                )
+                break
             else:
                 low = share
-        assert met
         return high
 
     def _try(self, bundle: Path, share: float) -> float:
         """Return what an engine takes with a share of the channels gone; what it computes does not matter."""
         assert self.engines is not None
         copied = copy.deepcopy(self.module)
-        channels = Channels(copied, self._examples())
-        channels.prune(
-            share,
-            importance_of(self.pruning, copied, channels, self.data, self.recipe.batch),
-            cost=cost_of(self.costs),
-            multiple=self.pruning.multiple,
-            most=self.pruning.most,
-        )
+        self._take(Channels(copied, self._examples()), copied, share)
         self.engines.build(copied, bundle)
         return self.engines.compare({"variant": bundle})["variant"].seconds
+
+
+def take_channels(
+    channels: Channels,
+    module: nn.Module,
+    share: float,
+    pruning: Pruning,
+    data: Opened,
+    batch: int,
+    costs: Mapping[str, float],
+) -> Worths:
+    """Take channels out of a module, those that are worth least for what they cost.
+
+    Args:
+        channels: The module's.
+        module: The module.
+        share: Of the channels that there were at first, which is gone then.
+        pruning: Says by what they are judged, and how many may go.
+        data: As `importance_of` has it.
+        batch: As `importance_of` has it.
+        costs: As `cost_of` has them.
+
+    Returns:
+        What each was worth.
+
+    Raises:
+        As `importance_of` and `Channels.prune`.
+    """
+    importance, worths = importance_of(pruning, module, channels, data, batch), Worths()
+
+    def noted(group: Any) -> torch.Tensor | None:
+        worth = importance(group)
+        if worth is not None:
+            worths[channels.name_of(group)] = worth.detach().float().cpu()
+        return worth
+
+    take(channels, share, noted, pruning, costs)
+    return worths
+
+
+def take(
+    channels: Channels, share: float, importance: Importance, pruning: Pruning, costs: Mapping[str, float]
+) -> None:
+    """Take channels out by what they are worth, as `take_channels` found it or as it was found before."""
+    channels.prune(share, importance, cost=cost_of(costs), multiple=pruning.multiple, most=pruning.most)
 
 
 def importance_of(pruning: Pruning, module: nn.Module, channels: Channels, data: Opened, batch: int) -> Importance:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
+from torch import nn
 
 from cnncc.calibration.accuracy import Validation
 from cnncc.calibration.data import open_data
@@ -31,12 +32,13 @@ from cnncc.compiler.keys import tools
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.reporting import Reporter, Silent
 from cnncc.compiler.stage import Stage
+from cnncc.compression.checkpoint import checkpoint_of, resumable
 from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.fake_quantize import QuantizedNetwork
 from cnncc.compression.graph_network import GraphNetwork, check_batches
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import Task
-from cnncc.compression.train import Material, Opened, checkpoint_of, open_material
+from cnncc.compression.train import Material, Opened, open_material
 from cnncc.compression.training import Job, Trained, Watcher, evaluate, fit
 from cnncc.graph.onnx_graph import OnnxGraph
 from cnncc.graph.reader import load_trusted, with_shapes
@@ -80,6 +82,19 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """What teaches a quantized network, where that is not its own float model.
+
+    Attributes:
+        module: Takes the same inputs, and gives outputs of the same shapes.
+        digest: Of its weights and structure.
+    """
+
+    module: nn.Module
+    digest: str
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What came of it.
 
@@ -114,6 +129,7 @@ def tune(
     *,
     name: str = "",
     checkpoint: Path | None = None,
+    teacher: Teacher | None = None,
 ) -> Tuned:
     """Train a calibrated graph, quantized.
 
@@ -127,6 +143,7 @@ def tune(
         watcher: Told how it goes.
         name: What the user calls the model, for refusals; empty as the table does.
         checkpoint: Where it is kept while it is not over; None for nowhere.
+        teacher: By default the graph.
 
     Raises:
         DataRefused: The table is of another model, or the data cannot be used.
@@ -162,7 +179,8 @@ def tune(
     if validation is not None:
         watcher.note(f"float {opened.task.text(fp32)}, calibrated {opened.task.text(calibrated)}")
     start = copy.deepcopy(network.state_dict())
-    objective = Distillation(model, network, opened.task, lessons) if lessons else None
+    teaching = teacher.module if teacher else model
+    objective = Distillation(teaching, network, opened.task, lessons) if lessons else None
     job = Job(
         network,
         recipe,
@@ -171,7 +189,12 @@ def tune(
         validation,
         objective=objective,
         checkpoint=checkpoint,
-        identity={"graph": graph.digest, "table": table.digest, **{k: str(v) for k, v in vars(tuning).items()}},
+        identity={
+            "graph": graph.digest,
+            "table": table.digest,
+            "teacher": teacher.digest if teacher else "",
+            **{k: str(v) for k, v in vars(tuning).items()},
+        },
         accelerator=tuning.accelerator,
         workers=tuning.workers,
     )
@@ -221,7 +244,14 @@ def _table(table: CalibrationTable, network: QuantizedNetwork, model: ModelDiges
     )
 
 
-def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining:
+def retraining(
+    material: Material,
+    recipe: Recipe,
+    tuning: Tuning,
+    *,
+    teacher: Teacher | None = None,
+    watcher: Watcher | None = None,
+) -> Retraining:
     """Return what trains quantized models for `cnncc.compiler.pipeline.compile`.
 
     Its stage is cached as others are, and cut short, the same compile goes on from its checkpoint in the cache.
@@ -230,6 +260,8 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
         material: What is trained on and judged by; its preprocessing gives way to the compile's.
         recipe: How.
         tuning: How a quantized network is.
+        teacher: By default the float model.
+        watcher: Told how it goes; by default the stage's reporter is.
 
     Raises:
         UsageError: The recipe or the tuning makes no sense.
@@ -253,7 +285,7 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
             graph=clean.value["graph"],
             table=table.digest,
             data=[stream.identity for stream in streams],
-            how=[vars(recipe), vars(tuning)],
+            how=[vars(recipe), vars(tuning), teacher.digest if teacher else ""],
             tools=tools("torch", "lightning-fabric", "onnx", "onnxruntime"),
         )
 
@@ -264,17 +296,27 @@ def retraining(material: Material, recipe: Recipe, tuning: Tuning) -> Retraining
             resume = cache.folder / "qat" / f"{key.rpartition(':')[2][:32]}.checkpoint"
             with storage_errors(resume):
                 resume.parent.mkdir(parents=True, exist_ok=True)
-            watcher = _Reporting(reporter, recipe.epochs)
-            tuned = tune(graph, table, opened, recipe, tuning, watcher, name=model.name, checkpoint=resume)
-            measured = tuned.table
-            if len(streams) > 1 and table.accuracy is not None:
-                reached = Validation(graph, streams[1]).measure(tuned.graph)
-                accuracy = replace(table.accuracy, int8=round(reached.value, 4), sqnr_db=round(reached.sqnr_db, 3))
-                measured = replace(measured, accuracy=accuracy)
-            made = with_shapes(quantize(tuned.floats, measured, name=model.name))
-            (folder / CLEANED).write_bytes(made.serialized)
-            (folder / CALIBRATION).write_bytes(measured.to_bytes())
-            resume.unlink(missing_ok=True)
+            told = watcher or _Reporting(reporter, recipe.epochs)
+            with resumable(resume, note=told.note):
+                tuned = tune(
+                    graph,
+                    table,
+                    opened,
+                    recipe,
+                    tuning,
+                    told,
+                    name=model.name,
+                    checkpoint=resume,
+                    teacher=teacher,
+                )
+                measured = tuned.table
+                if len(streams) > 1 and table.accuracy is not None:
+                    reached = Validation(graph, streams[1]).measure(tuned.graph)
+                    accuracy = replace(table.accuracy, int8=round(reached.value, 4), sqnr_db=round(reached.sqnr_db, 3))
+                    measured = replace(measured, accuracy=accuracy)
+                made = with_shapes(quantize(tuned.floats, measured, name=model.name))
+                (folder / CLEANED).write_bytes(made.serialized)
+                (folder / CALIBRATION).write_bytes(measured.to_bytes())
             value = {"graph": made.digest, "nodes": len(made.nodes)}
             return value, {name: folder / name for name in (CLEANED, CALIBRATION)}, _summary(tuned, table, measured)
 
@@ -365,15 +407,12 @@ def quantize_aware(
     check_preprocessing(found, preprocessing)
     model = _model(export, graph, preprocessing)
     checkpoint = checkpoint_of(output)
-    if fresh:
-        with storage_errors(checkpoint):
-            checkpoint.unlink(missing_ok=True)
     opened = open_material(model, material, recipe)
-    tuned = tune(graph, found, opened, recipe, tuning, watcher, name=model.name, checkpoint=checkpoint)
     kept = {layer.node: layer.module for layer in found.kept}
-    tell_findings(with_shapes(tuned.graph), kept.keys(), (), reporter)
-    with atomic_file(output) as partial:
-        partial.write_bytes(tuned.graph.serialized)
-    checkpoint.unlink(missing_ok=True)
+    with resumable(checkpoint, note=watcher.note, fresh=fresh):
+        tuned = tune(graph, found, opened, recipe, tuning, watcher, name=model.name, checkpoint=checkpoint)
+        tell_findings(with_shapes(tuned.graph), kept.keys(), (), reporter)
+        with atomic_file(output) as partial:
+            partial.write_bytes(tuned.graph.serialized)
     made = Quantized(tuned.graph.digest, output.stat().st_size, len(found.layers), tuple(kept.values()))
     return made, tuned

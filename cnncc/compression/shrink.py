@@ -1,20 +1,23 @@
 """`shrink()`: a model, smaller and smaller, each size fine-tuned, compiled, measured; and which of them to take.
 
 Every size begins with the one before: channels go, what is left learns from the whole model
-(`cnncc.compression.distil`), and becomes an engine for each precision, timed in turns with the whole model's. What is
-done lies in a folder, so that a run that was cut short goes on, and its results so far are of use at any time.
+(`cnncc.compression.distil`), and becomes an engine for each precision, timed in turns with the whole model's. Where
+calibration alone loses more in int8 than may be lost, and float32 does not, int8 is trained too
+(`cnncc.compression.qat`). What is done lies in a folder, so that a run that was cut short goes on, and its results so
+far are of use at any time.
 
-    shrink.json           what it depends on, and the points so far
-    SHARE.safetensors     weights with that share of the channels gone
-    SHARE-PRECISION.cnncc the engine
-    pareto.svg            accuracy over latency
+    shrink.json               what it depends on, and the points so far
+    SHARE.safetensors         weights with that share of the channels gone
+    SHARE-PRECISION.cnncc     the engine
+    SHARE-int8-qatN.cnncc     the engine of int8 that was trained for N epochs
+    pareto.svg                accuracy over latency
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -23,22 +26,24 @@ from torch import nn
 
 from cnncc.calibration.table import read_table
 from cnncc.compiler.calibration import Calibration
+from cnncc.compiler.compile_request import Retraining
 from cnncc.compiler.model_reference import ModelRequest
 from cnncc.compiler.weights import load_weights
 from cnncc.compression.channels import Channels
+from cnncc.compression.checkpoint import tells_how_to_go_on
 from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.latency import Engines
 from cnncc.compression.pareto_plot import plot
-from cnncc.compression.prune import Pruning, cost_of, importance_of
+from cnncc.compression.prune import Pruning, take_channels
+from cnncc.compression.qat import Teacher, Tuning, retraining
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import Task
-from cnncc.compression.train import Material, Opened, checkpoint_of, open_material, trainable
-from cnncc.compression.training import Job, Watcher, evaluate, fit
-from cnncc.compression.weights_file import save_weights
+from cnncc.compression.train import Material, Opened, fit_to, open_material, trainable
+from cnncc.compression.training import Job, Watcher, evaluate
 from cnncc.graph.feeds import random_feeds
 from cnncc_runtime.bundle import CALIBRATION, read_bundle
 from cnncc_runtime.digests import canonical_json, digest_json
-from cnncc_runtime.errors import BudgetExceeded, UsageError
+from cnncc_runtime.errors import BudgetExceeded, ModelRefused, TrainingDiverged, UsageError
 from cnncc_runtime.files import atomic_file, storage_errors
 
 SHARES = (0.25, 0.4, 0.55, 0.7)
@@ -46,6 +51,8 @@ FP32, INT8 = "fp32", "int8"
 _STATE = "shrink.json"
 _SCHEMA = "cnncc.shrink/1"
 PLOT = "pareto.svg"
+_GROWING = ("shares", "qat")
+"""What of a plan may be another when a run goes on: it adds points, and changes none."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,22 @@ class Budget:
     size: int | None = None
     drop: float | None = None
 
+    @property
+    def text(self) -> str:
+        """What is bounded, in words."""
+        bounds = {
+            f"{(self.latency or 0) * 1e3:g} ms": self.latency,
+            f"{(self.size or 0) / 1e6:g} MB": self.size,
+            f"{self.drop or 0:g} points lost": self.drop,
+        }
+        return ", ".join(text for text, bound in bounds.items() if bound is not None)
+
     def holds(self, point: Point, whole: Point, task: Task) -> bool:
         """Tell whether a point is within."""
         return (
             (self.latency is None or point.seconds <= self.latency)
             and (self.size is None or point.size <= self.size)
-            and (self.drop is None or lost(point, whole, task) <= self.drop)
+            and (self.drop is None or lost(point.metric, whole.metric, task) <= self.drop)
         )
 
 
@@ -84,6 +101,7 @@ class Point(msgspec.Struct, frozen=True):
         parameters: Of the module.
         weights: File in the folder.
         bundle: Folder in the folder.
+        qat: Epochs that its int8 was trained for; 0 where calibration alone found it, and for fp32.
     """
 
     share: float
@@ -95,12 +113,20 @@ class Point(msgspec.Struct, frozen=True):
     parameters: int
     weights: str
     bundle: str
+    qat: int = 0
+
+    @property
+    def form(self) -> str:
+        """``fp32``, ``int8``, or ``int8 qat`` where it was trained."""
+        return f"{self.precision} qat" if self.qat else self.precision
 
 
 class _State(msgspec.Struct):
     schema: str
     identity: dict[str, str]
     points: list[Point]
+    costs: dict[str, dict[str, float]] = {}
+    """File of weights → what its channels were chosen by: another measurement might choose others."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +134,7 @@ class Shrunk:
     """What came of it.
 
     Attributes:
-        points: All, in the order that they were made; the first is the whole model in fp32.
+        points: All, the largest first; the first is the whole model in fp32.
         front: Those that no other is both faster and better than.
         best: The one to take.
         task: What they are judged by.
@@ -132,6 +158,9 @@ class Plan:
         most: Likewise.
         lessons: What variants are taught by the whole model.
         samples: That int8 is calibrated on.
+        qat: Epochs that int8 is trained for, by the whole model too, where calibration alone misses the budget of
+            accuracy and fp32 holds to it; 0 for never. The recipe is that of the fine-tuning, in float32 and without
+            warm-up.
     """
 
     shares: tuple[float, ...] = SHARES
@@ -141,6 +170,12 @@ class Plan:
     most: float = 0.9
     lessons: Lessons = field(default_factory=Lessons)
     samples: int = 512
+    qat: int = 2
+
+    @property
+    def pruning(self) -> Pruning:
+        """How each size is pruned; ``shares`` say how much of it."""
+        return Pruning(amount=max(self.shares), importance=self.importance, multiple=self.multiple, most=self.most)
 
     def check(self) -> None:
         """Refuse what makes no sense.
@@ -152,7 +187,9 @@ class Plan:
             raise UsageError(f"{self.shares} are no growing shares", hint="--shares 0.25,0.5")
         if max(self.shares) >= 1 or not self.precisions or not {*self.precisions} <= {FP32, INT8}:
             raise UsageError("shares are below 1, and precisions are fp32 and int8", hint="--precisions fp32,int8")
-        Pruning(amount=0.5, importance=self.importance, multiple=self.multiple, most=self.most).check()
+        if self.qat < 0:
+            raise UsageError("epochs of training in int8 are not negative", hint="--qat 2, or --qat 0 for none")
+        self.pruning.check()
         self.lessons.check()
 
 
@@ -168,6 +205,7 @@ def shrink(
     *,
     told: Callable[[Point], None] = lambda _: None,
     accelerator: str = "auto",
+    workers: int = 0,
     fresh: bool = False,
 ) -> Shrunk:
     """Make a model smaller until no budget is left, and say which size to take.
@@ -183,6 +221,7 @@ def shrink(
         engines: Builds and measures.
         told: Told of each point, once it is measured.
         accelerator: As `training.fit` has it.
+        workers: As `training.fit` has it.
         fresh: Whether to begin anew where there is a run of other options.
 
     Raises:
@@ -203,19 +242,22 @@ def shrink(
         "validation": data.validation.identity,
         "engines": f"{engines.target} {engines.profile}",
         "recipe": digest_json(vars(recipe)),
-        "plan": digest_json([str(value) for name, value in vars(plan).items() if name != "shares"]),
+        "plan": digest_json([str(value) for name, value in vars(plan).items() if name not in _GROWING]),
     }
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    work = _Work(module, data, plan, recipe, folder, watcher, engines, material, _state(folder, identity, fresh=fresh))
-    work.told, work.accelerator = told, accelerator
+    state = _state(folder, identity, fresh=fresh)
+    work = _Work(module, data, plan, recipe, folder, watcher, engines, material, state, budget, told)
+    work.accelerator, work.workers = accelerator, workers
+    work.teacher = Teacher(copy.deepcopy(module).eval(), model.digest)
     work.examples = tuple(torch.from_numpy(array) for array in random_feeds(model.inputs, batch=2).values())
-    return work.run(budget)
+    with tells_how_to_go_on(folder / _STATE, watcher.note):
+        return work.run()
 
 
-def lost(point: Point, whole: Point, task: Task) -> float:
-    """Return what a point loses of the whole model's metric: in points, where it is a share; less than 0 for a gain."""
-    worse = whole.metric - point.metric if task.higher else point.metric - whole.metric
+def lost(metric: float, whole: float, task: Task) -> float:
+    """Return what is lost of the whole model's metric: in points, where it is a share; less than 0 for a gain."""
+    worse = whole - metric if task.higher else metric - whole
     return 100 * worse if task.percent else worse
 
 
@@ -260,43 +302,46 @@ class _Work:
     engines: Engines
     material: Material
     state: _State
-    told: Callable[[Point], None] = lambda _: None
+    budget: Budget
+    told: Callable[[Point], None]
     accelerator: str = "auto"
+    workers: int = 0
+    teacher: Teacher = field(init=False)
     examples: tuple[torch.Tensor, ...] = ()
 
-    def run(self, budget: Budget) -> Shrunk:
-        whole = copy.deepcopy(self.module).eval()
+    def run(self) -> Shrunk:
+        budget, whole = self.budget, self.teacher.module
         self._measure(whole, 0.0)
         total = Channels(copy.deepcopy(whole), self.examples).total
         current, gone = whole, 0.0
         for share in self.plan.shares:
-            if self._is_over(budget):
+            if not any(self._is_good(point.metric) for point in self._points(gone)):
                 break
-            engine = next(point.bundle for point in self.state.points if point.share == gone)
-            current, gone = self._variant(current, self.folder / engine, whole, share, total), share
+            engine = self.folder / self._points(gone)[0].bundle
+            current, gone = self._variant(current, engine, share, total), share
             self._measure(current, share)
-        points, task = tuple(self.state.points), self.data.task
+        points, task = tuple(sorted(self.state.points, key=lambda point: point.share)), self.data.task
         front = front_of(points, task)
         plot(points, front, task, self.folder / PLOT)
         best = choose(points, budget, task)
         if best is None:
-            nearest = min(
-                points, key=lambda point: (lost(point, points[0], task) > (budget.drop or 1e9), point.ratio[0])
-            )
+            nearest = min(points, key=lambda point: (not self._is_good(point.metric), point.ratio[0]))
             raise BudgetExceeded(
-                f"no variant holds to the budget; nearest is {describe(nearest, points[0], task)}",
+                f"no variant holds to {budget.text}; nearest is {describe(nearest, points[0], task)}",
                 where=[str(self.folder / nearest.bundle)],
                 hint="more --epochs or a gentler --shares recover more; all that was made is in the folder",
             )
         return Shrunk(points, front, best, task)
 
-    def _is_over(self, budget: Budget) -> bool:
-        """Tell whether going on makes no sense: the smallest in fp32 has lost too much already."""
-        last = [point for point in self.state.points if point.share == self.state.points[-1].share]
-        least = min(lost(point, self.state.points[0], self.data.task) for point in last)
-        return budget.drop is not None and least > budget.drop
+    def _points(self, share: float) -> list[Point]:
+        return [point for point in self.state.points if point.share == share]
 
-    def _variant(self, before: nn.Module, engine: Path, whole: nn.Module, share: float, total: int) -> nn.Module:
+    def _is_good(self, metric: float) -> bool:
+        """Tell whether a metric is within what may be lost."""
+        drop = self.budget.drop
+        return drop is None or lost(metric, self.state.points[0].metric, self.data.task) <= drop
+
+    def _variant(self, before: nn.Module, engine: Path, share: float, total: int) -> nn.Module:
         """Return a module with a share of the channels gone: made before, or now, of the next larger one."""
         path = self.folder / f"{share:.2f}.safetensors"
         if path.exists():
@@ -305,25 +350,25 @@ class _Work:
             return made.eval()
         made = copy.deepcopy(before)
         channels = Channels(made, self.examples)
-        costs = self.engines.layers(engine)
+        if path.name not in self.state.costs:
+            self.state.costs[path.name] = self.engines.layers(engine)
+            write_state(self.folder, self.state)
         part = max(0.0, 1 - total * (1 - share) / channels.total)
-        pruning = Pruning(amount=0.5, importance=self.plan.importance, multiple=self.plan.multiple)
-        importance = importance_of(pruning, made, channels, self.data, self.recipe.batch)
-        channels.prune(part, importance, cost=cost_of(costs), multiple=self.plan.multiple, most=self.plan.most)
+        take_channels(
+            channels, made, part, self.plan.pruning, self.data, self.recipe.batch, self.state.costs[path.name]
+        )
         job = Job(
             made,
             self.recipe,
             self.data.task,
             self.data.train,
             self.data.validation,
-            objective=Distillation(whole, made, self.data.task, self.plan.lessons),
-            checkpoint=checkpoint_of(path),
+            objective=Distillation(self.teacher.module, made, self.data.task, self.plan.lessons),
             identity={"run": digest_json(self.state.identity), "share": f"{share}"},
             accelerator=self.accelerator,
+            workers=self.workers,
         )
-        fit(job, self.watcher)
-        save_weights(made, path, pruned=True)
-        checkpoint_of(path).unlink(missing_ok=True)
+        fit_to(path, job, self.watcher, pruned=True)
         return made.eval()
 
     def _measure(self, module: nn.Module, share: float) -> None:
@@ -331,29 +376,60 @@ class _Work:
         precisions = (
             (FP32, *(each for each in self.plan.precisions if each != FP32)) if not share else self.plan.precisions
         )
+        plain = self._plain(module, share)
         for precision in precisions:
-            if any((point.share, point.precision) == (share, precision) for point in self.state.points):
-                continue
-            bundle = self.folder / f"{share:.2f}-{precision}.cnncc"
-            self.engines.build(module, bundle, self._calibration() if precision == INT8 else None)
-            whole = self.folder / (self.state.points[0].bundle if self.state.points else bundle.name)
-            measured = self.engines.compare({"whole": whole} | ({} if whole == bundle else {"variant": bundle}))
-            found = measured.get("variant", measured["whole"])
-            seconds = found.ratio[0] * self.state.points[0].seconds if self.state.points else found.seconds
-            point = Point(
-                share,
-                precision,
-                self._metric(module, bundle, precision),
-                seconds,
-                found.ratio,
-                found.size,
-                sum(parameter.numel() for parameter in module.parameters()),
-                f"{share:.2f}.safetensors" if share else "",
-                bundle.name,
-            )
-            self.state.points.append(point)
-            write_state(self.folder, self.state)
-            self.told(point)
+            found = self._point(module, share, precision, plain)
+            if precision == INT8 and self.plan.qat and not self._is_good(found.metric) and self._is_good(plain):
+                self._train(module, share, plain)
+
+    def _train(self, module: nn.Module, share: float, plain: float) -> None:
+        """Build and measure int8 that is trained; what cannot be trained is told, and the other points stay."""
+        try:
+            self._point(module, share, INT8, plain, self.plan.qat)
+        except (ModelRefused, TrainingDiverged) as exc:
+            self.watcher.note(f"{share:.0%} gone: int8 was not trained, and is as calibration made it: {exc.message}")
+
+    def _point(self, module: nn.Module, share: float, precision: str, plain: float, qat: int = 0) -> Point:
+        """Return what a variant takes and is worth: measured before, or built and measured now.
+
+        Args:
+            module: The variant.
+            share: Of the channels that are gone.
+            precision: Of the engine.
+            plain: The module's metric.
+            qat: Epochs that its int8 is trained for.
+        """
+        for point in self.state.points:
+            if (point.share, point.precision, point.qat) == (share, precision, qat):
+                return point
+        bundle = self.folder / f"{share:.2f}-{precision}{f'-qat{qat}' if qat else ''}.cnncc"
+        calibration = self._calibration() if precision == INT8 else None
+        self.engines.build(module, bundle, calibration, self._retraining(share, qat) if qat else None)
+        whole = self.folder / (self.state.points[0].bundle if self.state.points else bundle.name)
+        measured = self.engines.compare({"whole": whole} | ({} if whole == bundle else {"variant": bundle}))
+        found = measured.get("variant", measured["whole"])
+        made = Point(
+            share,
+            precision,
+            plain if precision == FP32 else self._calibrated(bundle),
+            found.ratio[0] * self.state.points[0].seconds if self.state.points else found.seconds,
+            found.ratio,
+            found.size,
+            sum(parameter.numel() for parameter in module.parameters()),
+            f"{share:.2f}.safetensors" if share else "",
+            bundle.name,
+            qat,
+        )
+        self.state.points.append(made)
+        write_state(self.folder, self.state)
+        self.told(made)
+        return made
+
+    def _retraining(self, share: float, epochs: int) -> Retraining:
+        self.watcher.note(f"{share:.0%} gone: int8 loses more than may be lost, and is trained ({epochs} epochs)")
+        recipe = replace(self.recipe, epochs=epochs, warmup=0.0, precision=FP32)
+        tuning = Tuning(accelerator=self.accelerator, workers=self.workers)
+        return retraining(self.material, recipe, tuning, teacher=self.teacher, watcher=self.watcher)
 
     def _calibration(self) -> Calibration:
         return Calibration(
@@ -364,13 +440,16 @@ class _Work:
             preprocessing=self.material.preprocessing,
         )
 
-    def _metric(self, module: nn.Module, bundle: Path, precision: str) -> float:
-        """Return the metric: of the module, whose engine was proven; of int8, as its calibration measured it."""
-        validation = self.data.validation
-        assert validation is not None
-        plain = evaluate(module, self.data.task, validation)
-        if precision == FP32:
-            return plain
+    def _plain(self, module: nn.Module, share: float) -> float:
+        """Return the metric of a module, whose fp32 engine is proven to compute the same."""
+        for point in self._points(share):
+            if point.precision == FP32:
+                return point.metric
+        assert self.data.validation is not None
+        return evaluate(module, self.data.task, self.data.validation)
+
+    def _calibrated(self, bundle: Path) -> float:
+        """Return the metric of an int8 engine, as its calibration or its training measured it."""
         table = read_table(read_bundle(bundle).file(CALIBRATION))
         if table.accuracy is None or not table.accuracy.metric or not self.data.task.percent:
             raise UsageError(
@@ -383,7 +462,7 @@ def describe(point: Point, whole: Point, task: Task) -> str:
     """Return a point in a line."""
     gone = f"{point.share:.0%} of the channels gone" if point.share else "the whole model"
     return (
-        f"{gone}, {point.precision}: {task.text(point.metric)}, {point.seconds * 1e3:.3f} ms, "
+        f"{gone}, {point.form}: {task.text(point.metric)}, {point.seconds * 1e3:.3f} ms, "
         f"{1 / point.ratio[0]:.2f} × as fast, {point.size / whole.size:.0%} of the size"
     )
 

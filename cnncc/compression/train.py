@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from cnncc.calibration.data import open_data
 from cnncc.compiler.factory import user_function
 from cnncc.compiler.ingest import Model, ingest
 from cnncc.compiler.model_reference import ModelRequest
+from cnncc.compression.checkpoint import checkpoint_of, resumable
 from cnncc.compression.examples import Examples
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import REGRESSION, TASKS, Task, task_of
 from cnncc.compression.training import Job, Trained, Watcher, fit
 from cnncc.compression.weights_file import check_output, is_pruned, save_weights
 from cnncc_runtime.errors import ModelRefused, UsageError
-from cnncc_runtime.files import storage_errors
 from cnncc_runtime.preprocess import Preprocessing
 
 
@@ -43,6 +44,11 @@ class Material:
     loss: str = ""
     metric: str = ""
     skip_bad: bool = False
+
+    @property
+    def hooks(self) -> dict[str, str]:
+        """The user's own loss and metric, as a checkpoint is held against them."""
+        return {"loss": self.loss, "metric": self.metric}
 
 
 @dataclass(frozen=True)
@@ -144,32 +150,44 @@ def train(
     recipe.check()
     model, module = trainable(request)
     opened = open_material(model, material, recipe)
-    checkpoint = checkpoint_of(output)
-    if fresh:
-        with storage_errors(checkpoint):
-            checkpoint.unlink(missing_ok=True)
     job = Job(
         module,
         recipe,
         opened.task,
         opened.train,
         opened.validation,
-        checkpoint=checkpoint,
-        identity={"model": model.digest, "loss": material.loss, "metric": material.metric},
+        identity={"model": model.digest, **material.hooks},
         accelerator=accelerator,
         workers=workers,
     )
-    trained = fit(job, watcher)
-    save_weights(
-        module,
-        output,
-        {"metric": opened.task.text(trained.best)} if opened.validation else {},
-        pruned=is_pruned(request.weights),
-    )
-    checkpoint.unlink(missing_ok=True)
-    return trained, opened.task
+    return fit_to(output, job, watcher, pruned=is_pruned(request.weights), fresh=fresh), opened.task
 
 
-def checkpoint_of(output: Path) -> Path:
-    """Return where the checkpoint of a training lies that makes a file."""
-    return output.with_name(f"{output.name}.checkpoint")
+def fit_to(
+    output: Path,
+    job: Job,
+    watcher: Watcher,
+    *,
+    notes: Mapping[str, str] | None = None,
+    pruned: bool = False,
+    fresh: bool = False,
+) -> Trained:
+    """Train a model and write its weights; what was cut short goes on from its checkpoint beside the output.
+
+    Args:
+        output: ``.safetensors``.
+        job: The training.
+        watcher: Told how it goes.
+        notes: Kept in the file's header, beside the metric.
+        pruned: As `save_weights` has it.
+        fresh: Whether to begin anew where there is a checkpoint.
+
+    Raises:
+        As `fit` and `save_weights`.
+    """
+    checkpoint = checkpoint_of(output)
+    with resumable(checkpoint, note=watcher.note, fresh=fresh):
+        trained = fit(replace(job, checkpoint=checkpoint), watcher)
+        judged = {"metric": job.task.text(trained.best)} if job.validation is not None else {}
+        save_weights(job.model, output, {**(notes or {}), **judged}, pruned=pruned)
+    return trained

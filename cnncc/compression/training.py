@@ -134,6 +134,17 @@ def fit(job: Job, watcher: Watcher) -> Trained:
         return _Fit(job, augment, fabric, watcher).run()
 
 
+def circumstances(recipe: Recipe, train: Examples, validation: Examples | None) -> dict[str, str]:
+    """Return what every training depends on beside its model, as a checkpoint is held against it."""
+    return {
+        "data": train.identity,
+        "validation": validation.identity if validation else "none",
+        **{name: str(value) for name, value in vars(recipe).items()},
+        "torch": str(torch.__version__),  # else a class of torch's, which no checkpoint may hold
+        "threads": str(torch.get_num_threads()),
+    }
+
+
 def evaluate(model: nn.Module, task: Task, examples: Examples, *, device: torch.device | None = None) -> float:
     """Return the metric of a model on examples.
 
@@ -178,13 +189,8 @@ class _Fit:
         """Train to the end."""
         job, state = self._job, self._restored()
         resumed = state.epoch
-        try:
-            while state.epoch < job.recipe.epochs and not self._is_over():
-                self._epoch()
-        except KeyboardInterrupt:
-            if job.checkpoint is not None and job.checkpoint.exists():
-                self._watcher.note(f"the same command goes on from {job.checkpoint}")
-            raise
+        while state.epoch < job.recipe.epochs and not self._is_over():
+            self._epoch()
         if state.best_weights:
             job.model.load_state_dict(state.best_weights)
         job.model.eval()
@@ -277,18 +283,16 @@ class _Fit:
         job = self._job
         return {
             **job.identity,
-            "data": job.train.identity,
-            "validation": job.validation.identity if job.validation else "none",
-            **{name: str(value) for name, value in vars(job.recipe).items()},
-            "torch": str(torch.__version__),  # else a class of torch's, which no checkpoint may hold
-            "threads": str(torch.get_num_threads()),
+            **circumstances(job.recipe, job.train, job.validation),
             "parameters": str([tuple(parameter.shape) for parameter in job.model.parameters()]),
             "beside": str([tuple(each.shape) for each in job.beside.parameters()] if job.beside is not None else []),
         }
 
     def _restored(self) -> Checkpoint:
         job = self._job
-        found = read_checkpoint(job.checkpoint, self._state.identity) if job.checkpoint is not None else None
+        found = (
+            read_checkpoint(Checkpoint, job.checkpoint, self._state.identity) if job.checkpoint is not None else None
+        )
         if found is None:
             return self._state
         for name, part in self._parts().items():

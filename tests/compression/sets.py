@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cnncc.calibration.data import open_data
@@ -64,3 +65,11 @@ def net(seed: int = 0, dropout: float = 0.2) -> nn.Module:
         nn.Flatten(),
         nn.Linear(8 * 36, CLASSES),
     )
+
+
+def check_same_weights(one: str | Path, other: str | Path) -> None:
+    """Hold two files of weights to each other, bit for bit."""
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert np.array_equal(tensor.numpy(), second[name].numpy()), name
