@@ -47,7 +47,7 @@ Exit codes:
   5    the toolchain failed
   20   a registry could not be reached
   30   what a registry has is not to be believed
-  130  interrupted; nothing was left behind (143 when terminated)
+  130  interrupted; nothing half-written was left behind (143 when terminated)
 """
 
 _EXTRAS = {
@@ -86,7 +86,7 @@ class LazyGroup(click.Group):
             raise
         except KeyboardInterrupt as exc:
             what, code = ("terminated", 143) if isinstance(exc, Terminated) else ("interrupted", Interrupted.exit_code)
-            render.error(Interrupted(f"{what}; nothing was left behind"), code)
+            render.error(Interrupted(f"{what}; nothing half-written was left behind"), code)
             raise click.exceptions.Exit(code) from exc
 
     def list_commands(self, ctx: click.Context) -> list[str]:

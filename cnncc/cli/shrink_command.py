@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +88,10 @@ def command(
     material = material_of(given)
     engines = engines_of(request, material, target, device, cache_dir, render)
     narrator = Narrator(render, None)
-    since = time.monotonic()
 
-    def told(point: Point) -> None:
-        nonlocal since
-        detail = f"{point.share:.0%} gone, {point.form}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
-        render.done("engine", time.monotonic() - since, detail, reused=False)
-        since = time.monotonic()
+    def told(stage: str, seconds: float | None, detail: str) -> None:
+        render.done(stage, seconds or 0.0, detail, reused=seconds is None)
+        narrator.begin()
 
     try:
         shrunk = shrink(
@@ -127,7 +123,7 @@ def command(
         rows = [
             [
                 MARKS["ok"] if point is best else ("·" if point in shrunk.front else ""),
-                f"{point.share:.0%} gone" if point.share else "whole",
+                point.name,
                 point.form,
                 shrunk.task.text(point.metric),
                 f"{point.seconds * 1e3:.3f} ms",
@@ -137,7 +133,9 @@ def command(
             ]
             for point in shrunk.points
         ]
-        render.table(["", "", "", "", "latency", "faster", "engine", "parameters"], rows, right=[4, 5, 6, 7])
+        render.table(
+            ["", "channels", "engine", "", "latency", "faster", "size", "parameters"], rows, right=[4, 5, 6, 7]
+        )
         render.line(f"{folder / best.bundle}  {describe(best, whole, shrunk.task)}")
 
     render.result(document, text)

@@ -132,7 +132,7 @@ class Narrator:
         self._render, self._of = render, "" if epochs is None else f" of {epochs}"
         self._board = _board(log) if log else None
         self.task: Task | None = None
-        self._begin()
+        self.begin()
 
     def step(self, epoch: int, done: float) -> None:
         """Move the bar."""
@@ -147,7 +147,7 @@ class Narrator:
             for name, value in facts.items():
                 self._board.add_scalar(name, value, number)
             self._board.flush()
-        self._begin()
+        self.begin()
 
     def note(self, text: str) -> None:
         """Pass on."""
@@ -159,7 +159,8 @@ class Narrator:
         if self._board is not None:
             self._board.close()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Begin an epoch: what was done until now is not counted as its time."""
         self._since = time.monotonic()
         self._render.stage("epoch")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from cnncc_runtime.errors import DependencyMissing, ModelRefused
 Importance = Callable[[Any], "torch.Tensor | None"]
 """A group of `torch_pruning` → what each of its channels is worth; None where nothing of it has weights."""
 
-_MOST_GROUPS = 100_000
+_NO_TRACE = "--method unstructured or 2:4 needs no trace"
 
 
 @dataclass(frozen=True)
@@ -167,15 +168,17 @@ class Channels:
 
     def _trace(self) -> None:
         self._model.eval()
+        _check_runs(self._model, self._examples)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._graph = self._pruning.DependencyGraph().build_dependency(self._model, self._examples)
-        except Exception as exc:  # the model's code and the tracer may raise anything
-            reason = (str(exc).splitlines() or [""])[0][:200]
+        except Exception as exc:  # the tracer may raise anything
+            layer = _not_followed(exc, self._names)
             raise ModelRefused(
-                f"the model cannot be traced for pruning: {type(exc).__name__}: {reason}",
-                hint="--method unstructured or 2:4 needs no trace",
+                f"the model cannot be traced for pruning: {_reason(exc)}",
+                where=[f"what comes after {layer}"] if layer else (),
+                hint=_NO_TRACE,
             ) from exc
 
     def _bundles(self) -> Iterator[tuple[Bundle, Any]]:
@@ -207,6 +210,62 @@ class Channels:
                 where=[f"{layer}: {count} channels fewer" for layer, count in gone.items()],
                 hint="does its code name a number of channels, as in view(-1, 64 * 7 * 7)? flatten(1) asks for none",
             ) from exc
+
+
+def _check_runs(model: nn.Module, examples: tuple[torch.Tensor, ...]) -> None:
+    """Run a model: where its code fails, the module is known, which the tracer does not tell.
+
+    Raises:
+        ModelRefused: It fails; the innermost module whose code was running is named.
+    """
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    hooks = [module.register_forward_pre_hook(enter(name)) for name, module in model.named_modules()]
+    hooks += [module.register_forward_hook(leave) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model(*examples)
+    except Exception as exc:  # the model's code may raise anything
+        where = running[-1] if running and running[-1] else f"forward of {type(model).__name__}"
+        raise ModelRefused(
+            f"the model cannot be traced for pruning: {_reason(exc)}", where=[where], hint=_NO_TRACE
+        ) from exc
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _not_followed(exc: BaseException, names: Mapping[nn.Module, str]) -> str:
+    """Return the layer behind whose outputs the tracer failed; empty where its frames say nothing of it.
+
+    They hold the node of its graph that it could not follow (a view, a transpose, a split). From there against the way
+    of the data, the first node that is a module of the model says where that is.
+    """
+    frames, trace = [], exc.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    held = [value for frame in reversed(frames) for value in frame.f_locals.values()]
+    waiting = deque([value for value in held if type(value).__name__ == "Node" and hasattr(value, "inputs")][:1])
+    seen = {id(node) for node in waiting}
+    while waiting:
+        node = waiting.popleft()
+        if name := names.get(node.module):
+            return name
+        new = [before for before in node.inputs if id(before) not in seen]
+        seen |= {id(before) for before in new}
+        waiting.extend(new)
+    return ""
+
+
+def _reason(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:200]}"
 
 
 def _blocks(bundle: Bundle, multiple: int, most: float) -> Iterator[slice]:

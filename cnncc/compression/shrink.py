@@ -16,6 +16,7 @@ far are of use at any time.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,8 +52,14 @@ FP32, INT8 = "fp32", "int8"
 _STATE = "shrink.json"
 _SCHEMA = "cnncc.shrink/1"
 PLOT = "pareto.svg"
+_DIGITS = 4
+"""Of points that are lost: a share that is a float is not exact, and would miss a budget that it meets."""
+
 _GROWING = ("shares", "qat")
 """What of a plan may be another when a run goes on: it adds points, and changes none."""
+
+Told = Callable[[str, float | None, str], None]
+"""A stage's name, the seconds that it took (None where it was made before), and what came of it."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,11 @@ class Point(msgspec.Struct, frozen=True):
     qat: int = 0
 
     @property
+    def name(self) -> str:
+        """How much of the model it is: ``whole``, or ``40% gone``."""
+        return _gone(self.share)
+
+    @property
     def form(self) -> str:
         """``fp32``, ``int8``, or ``int8 qat`` where it was trained."""
         return f"{self.precision} qat" if self.qat else self.precision
@@ -127,6 +139,8 @@ class _State(msgspec.Struct):
     points: list[Point]
     costs: dict[str, dict[str, float]] = {}
     """File of weights → what its channels were chosen by: another measurement might choose others."""
+    best: str = ""
+    """The bundle that the last run named; empty where none held to its budget."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +217,7 @@ def shrink(
     watcher: Watcher,
     engines: Engines,
     *,
-    told: Callable[[Point], None] = lambda _: None,
+    told: Told = lambda stage, seconds, detail: None,
     accelerator: str = "auto",
     workers: int = 0,
     fresh: bool = False,
@@ -219,7 +233,7 @@ def shrink(
         folder: Where everything lies; a run that was cut short goes on there.
         watcher: Told how training goes.
         engines: Builds and measures.
-        told: Told of each point, once it is measured.
+        told: Told of each stage that is over, once pruned or measured.
         accelerator: As `training.fit` has it.
         workers: As `training.fit` has it.
         fresh: Whether to begin anew where there is a run of other options.
@@ -258,7 +272,7 @@ def shrink(
 def lost(metric: float, whole: float, task: Task) -> float:
     """Return what is lost of the whole model's metric: in points, where it is a share; less than 0 for a gain."""
     worse = whole - metric if task.higher else metric - whole
-    return 100 * worse if task.percent else worse
+    return round(100 * worse, _DIGITS) if task.percent else worse
 
 
 def front_of(points: Iterable[Point], task: Task) -> tuple[Point, ...]:
@@ -303,7 +317,7 @@ class _Work:
     material: Material
     state: _State
     budget: Budget
-    told: Callable[[Point], None]
+    told: Told
     accelerator: str = "auto"
     workers: int = 0
     teacher: Teacher = field(init=False)
@@ -324,6 +338,8 @@ class _Work:
         front = front_of(points, task)
         plot(points, front, task, self.folder / PLOT)
         best = choose(points, budget, task)
+        self.state.best = best.bundle if best is not None else ""
+        write_state(self.folder, self.state)
         if best is None:
             nearest = min(points, key=lambda point: (not self._is_good(point.metric), point.ratio[0]))
             raise BudgetExceeded(
@@ -353,10 +369,12 @@ class _Work:
         if path.name not in self.state.costs:
             self.state.costs[path.name] = self.engines.layers(engine)
             write_state(self.folder, self.state)
+        since = time.monotonic()
         part = max(0.0, 1 - total * (1 - share) / channels.total)
         take_channels(
             channels, made, part, self.plan.pruning, self.data, self.recipe.batch, self.state.costs[path.name]
         )
+        self.told("prune", time.monotonic() - since, f"{_gone(share)}: {_parameters(made):,} parameters are left")
         job = Job(
             made,
             self.recipe,
@@ -387,7 +405,7 @@ class _Work:
         try:
             self._point(module, share, INT8, plain, self.plan.qat)
         except (ModelRefused, TrainingDiverged) as exc:
-            self.watcher.note(f"{share:.0%} gone: int8 was not trained, and is as calibration made it: {exc.message}")
+            self.watcher.note(f"{_gone(share)}: int8 was not trained, and is as calibration made it: {exc.message}")
 
     def _point(self, module: nn.Module, share: float, precision: str, plain: float, qat: int = 0) -> Point:
         """Return what a variant takes and is worth: measured before, or built and measured now.
@@ -401,7 +419,9 @@ class _Work:
         """
         for point in self.state.points:
             if (point.share, point.precision, point.qat) == (share, precision, qat):
+                self.told("engine", None, made_text(point))
                 return point
+        since = time.monotonic()
         bundle = self.folder / f"{share:.2f}-{precision}{f'-qat{qat}' if qat else ''}.cnncc"
         calibration = self._calibration() if precision == INT8 else None
         self.engines.build(module, bundle, calibration, self._retraining(share, qat) if qat else None)
@@ -415,18 +435,18 @@ class _Work:
             found.ratio[0] * self.state.points[0].seconds if self.state.points else found.seconds,
             found.ratio,
             found.size,
-            sum(parameter.numel() for parameter in module.parameters()),
+            _parameters(module),
             f"{share:.2f}.safetensors" if share else "",
             bundle.name,
             qat,
         )
         self.state.points.append(made)
         write_state(self.folder, self.state)
-        self.told(made)
+        self.told("engine", time.monotonic() - since, made_text(made))
         return made
 
     def _retraining(self, share: float, epochs: int) -> Retraining:
-        self.watcher.note(f"{share:.0%} gone: int8 loses more than may be lost, and is trained ({epochs} epochs)")
+        self.watcher.note(f"{_gone(share)}: int8 loses more than may be lost, and is trained ({epochs} epochs)")
         recipe = replace(self.recipe, epochs=epochs, warmup=0.0, precision=FP32)
         tuning = Tuning(accelerator=self.accelerator, workers=self.workers)
         return retraining(self.material, recipe, tuning, teacher=self.teacher, watcher=self.watcher)
@@ -456,6 +476,19 @@ class _Work:
                 "int8 is judged by top-1 or mIoU, which this task has not", hint="--precisions fp32 leaves int8 out"
             )
         return table.accuracy.int8 / 100
+
+
+def _gone(share: float) -> str:
+    return f"{share:.0%} gone" if share else "whole"
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def made_text(point: Point) -> str:
+    """Return what an engine takes, in a few words."""
+    return f"{point.name}, {point.form}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
 
 
 def describe(point: Point, whole: Point, task: Task) -> str:

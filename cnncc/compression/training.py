@@ -34,6 +34,8 @@ SAVE_EVERY = 30.0
 """Seconds between checkpoints within an epoch; one is written after each."""
 _EVALUATED = 128
 _SEED_BITS = 63
+_DIGITS = 6
+"""Of shares: torchmetrics divides in float32, whose last digits would decide between models that are as good."""
 
 Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 """Model and batch → loss and first output."""
@@ -164,7 +166,8 @@ def evaluate(model: nn.Module, task: Task, examples: Examples, *, device: torch.
                 measure = task.measure(outputs.shape[1] if outputs.ndim > 1 else 1).to(outputs.device)
             measure.update(outputs, batch.targets)
     model.train(before)
-    return float(measure.compute())
+    value = float(measure.compute())
+    return round(value, _DIGITS) if task.percent else value
 
 
 class _Fit:

@@ -202,6 +202,6 @@ class HealthCheckFailed(CnnccError):
 
 
 class Interrupted(CnnccError):
-    """The user pressed Ctrl-C; nothing was left behind."""
+    """The user pressed Ctrl-C; nothing half-written was left behind."""
 
     exit_code = 130

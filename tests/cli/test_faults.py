@@ -201,7 +201,7 @@ def test_a_signal_in_any_stage_leaves_the_old_bundle_or_none(
     assert "Traceback" not in said, said
     # Python may end by the signal itself after it was handled; a shell sees the same code
     assert code in (0, CODES[number], -number), said
-    unwound = "nothing was left behind" in said
+    unwound = "nothing half-written was left behind" in said
     if place.bundle.exists() and tree(place.bundle) != old:
         assert tree(place.bundle) == tree(digits.bundle)
     else:

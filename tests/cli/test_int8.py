@@ -474,7 +474,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(
     (tmp_path / "first").write_text("2")
     process = start(*arguments, "-o", out, prefix=DEFAULT_SIGINT)
     outcome = finish(process, code=128 + number)
-    assert "nothing was left behind" in outcome.stderr
+    assert "nothing half-written was left behind" in outcome.stderr
     assert not out.exists()
     [left] = (cache / "calibration").iterdir()
     assert left.name.endswith(".pass.npz")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cnncc.compiler.pruned import fit_channels
+from cnncc.compiler.zoo import define_torchvision_schemas
 from cnncc.compression.channels import Bundle, Channels
 from cnncc_runtime.errors import ModelRefused, WeightsRefused
 from tests.compression.blocks import NETWORKS, Bottleneck, Dense, Grouped, Residual, Segmenter, build
@@ -152,13 +153,32 @@ def test_code_that_counts_on_its_channels_is_refused_with_the_layers() -> None:
     assert caught.value.where == ("conv: 8 channels fewer",)
 
 
-def test_a_model_that_cannot_be_traced_is_refused() -> None:
+def test_a_model_whose_code_fails_is_refused_with_the_module() -> None:
     class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.first(x)
             raise ValueError("not today")
 
-    with pytest.raises(ModelRefused, match="cannot be traced for pruning: ValueError: not today"):
+    with pytest.raises(ModelRefused, match="cannot be traced for pruning: ValueError: not today") as caught:
+        Channels(nn.Sequential(nn.ReLU(), Broken()), (X,))
+    assert caught.value.where == ("1",)
+    with pytest.raises(ModelRefused) as caught:
         Channels(Broken(), (X,))
+    assert caught.value.where == ("forward of Broken",)
+
+
+def test_a_model_that_the_tracer_cannot_follow_is_refused_with_the_layer() -> None:
+    """ShuffleNet's channels change places in a view of five dimensions."""
+    define_torchvision_schemas()
+    from torchvision.models import shufflenet_v2_x0_5
+
+    with pytest.raises(ModelRefused, match="cannot be traced for pruning: ") as caught:
+        Channels(shufflenet_v2_x0_5().eval(), (torch.randn(1, 3, 64, 64),))
+    assert caught.value.where == ("what comes after stage4.1.branch2.6",)
 
 
 def test_weights_of_another_network_are_refused_by_module() -> None:

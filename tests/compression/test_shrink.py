@@ -46,6 +46,13 @@ def test_nothing_beats_the_front_and_the_front_beats_all_else(points: list[Point
     assert all(any(beats(one, each) or one.ratio == each.ratio for one in front) for each in left)
 
 
+def test_a_budget_of_points_holds_to_the_point() -> None:
+    assert 100 * (0.9975 - 0.9875) > 1, "as floats have it"
+    assert lost(0.9875, 0.9975, TOP_1) == 1
+    assert lost(0.98749, 0.9975, TOP_1) > 1
+    assert lost(2.5, 2.0, ERROR) == 0.5
+
+
 @given(POINTS, st.floats(0.01, 2), st.integers(1, 200), st.floats(0, 50))
 def test_what_is_chosen_holds_to_every_budget(points: list[Point], latency: float, size: int, drop: float) -> None:
     all_points = [WHOLE, *points]
@@ -54,7 +61,7 @@ def test_what_is_chosen_holds_to_every_budget(points: list[Point], latency: floa
     within = [
         each
         for each in all_points
-        if each.seconds <= latency and each.size <= size and 100 * (WHOLE.metric - each.metric) <= drop
+        if each.seconds <= latency and each.size <= size and lost(each.metric, WHOLE.metric, TOP_1) <= drop
     ]
     assert (found is None) == (not within)
     assert found is None or found.metric == max(each.metric for each in within)

@@ -18,7 +18,7 @@ from cnncc.compression import training
 from cnncc.compression.examples import Batch
 from cnncc.compression.recipe import OPTIMIZERS, SCHEDULES, Recipe
 from cnncc.compression.task import task_of
-from cnncc.compression.training import Job, Trained, fit
+from cnncc.compression.training import Job, Trained, evaluate, fit
 from cnncc_runtime.errors import DataRefused, ModelRefused, TrainingDiverged, UsageError
 from tests.compression.sets import Silence, examples, net
 
@@ -58,6 +58,14 @@ def test_a_network_learns(tmp_path: Path, optimizer: str, schedule: str) -> None
     )
     assert trained.best > 0.9
     assert trained.history[-1]["loss"] < trained.history[0]["loss"]
+
+
+def test_a_share_has_no_noise_of_float32(tmp_path: Path) -> None:
+    model, judges = net(), examples(tmp_path, count=300)
+    [batch] = judges.__getitems__(range(300))
+    with torch.no_grad():
+        right = int((model.eval()(*batch.inputs).argmax(1) == batch.targets).sum())
+    assert evaluate(model, CLASSES, judges) == round(right / 300, 6)
 
 
 def test_the_weights_that_were_best_are_delivered(tmp_path: Path) -> None:
