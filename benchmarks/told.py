@@ -22,6 +22,10 @@ class Told:
         """Write the epoch."""
         self.note(f"epoch {number} {facts}")
 
+    def stage(self, name: str, seconds: float | None, detail: str) -> None:
+        """Write the stage."""
+        self.note(f"{name} {detail}")
+
     def note(self, text: str) -> None:
         """Write the note."""
         click.echo(f"{self._who}: {text}", err=True)

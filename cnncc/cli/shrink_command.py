@@ -89,10 +89,6 @@ def command(
     engines = engines_of(request, material, target, device, cache_dir, render)
     narrator = Narrator(render, None)
 
-    def told(stage: str, seconds: float | None, detail: str) -> None:
-        render.done(stage, seconds or 0.0, detail, reused=seconds is None)
-        narrator.begin()
-
     try:
         shrunk = shrink(
             request,
@@ -103,7 +99,6 @@ def command(
             folder,
             narrator,
             engines,
-            told=told,
             accelerator=given["accelerator"],
             workers=given["workers"],
             fresh=fresh,

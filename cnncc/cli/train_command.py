@@ -132,7 +132,7 @@ class Narrator:
         self._render, self._of = render, "" if epochs is None else f" of {epochs}"
         self._board = _board(log) if log else None
         self.task: Task | None = None
-        self.begin()
+        self._begin()
 
     def step(self, epoch: int, done: float) -> None:
         """Move the bar."""
@@ -147,7 +147,12 @@ class Narrator:
             for name, value in facts.items():
                 self._board.add_scalar(name, value, number)
             self._board.flush()
-        self.begin()
+        self._begin()
+
+    def stage(self, name: str, seconds: float | None, detail: str) -> None:
+        """Say what came of a stage beside training."""
+        self._render.done(name, seconds or 0.0, detail, reused=seconds is None)
+        self._begin()
 
     def note(self, text: str) -> None:
         """Pass on."""
@@ -159,8 +164,7 @@ class Narrator:
         if self._board is not None:
             self._board.close()
 
-    def begin(self) -> None:
-        """Begin an epoch: what was done until now is not counted as its time."""
+    def _begin(self) -> None:
         self._since = time.monotonic()
         self._render.stage("epoch")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from cnncc.compression.recipe import Recipe
 from cnncc.compression.sparsity import Masks, apply_masks, two_of_four, unstructured, zeros
 from cnncc.compression.task import Task
 from cnncc.compression.train import Material, Opened, open_material, trainable
-from cnncc.compression.training import Job, Objective, Watcher, circumstances, evaluate, fit
+from cnncc.compression.training import Job, Objective, StageWatcher, circumstances, evaluate, fit
 from cnncc.compression.weights_file import check_output, is_pruned, save_weights
 from cnncc.graph.feeds import random_feeds
 from cnncc_runtime.digests import digest_json
@@ -138,7 +139,7 @@ def prune(
     pruning: Pruning,
     recipe: Recipe,
     output: Path,
-    watcher: Watcher,
+    watcher: StageWatcher,
     *,
     engines: Engines | None = None,
     lessons: Lessons | None = None,
@@ -256,7 +257,7 @@ class _Work:
     data: Opened
     pruning: Pruning
     recipe: Recipe
-    watcher: Watcher
+    watcher: StageWatcher
     engines: Engines | None
     files: tuple[Path, Path]
     progress: _Progress
@@ -269,10 +270,11 @@ class _Work:
         teacher = copy.deepcopy(self.module)
         bundles: dict[str, Path] = {}
         if self.engines is not None:
-            bundles["before"] = folder / "before.cnncc"
+            bundles["before"], since = folder / "before.cnncc", time.monotonic()
             self.engines.build(self.module, bundles["before"])
             if self.pruning.costs and not progress.states:
                 progress.costs = self.engines.layers(bundles["before"])
+            self.watcher.stage("engine", time.monotonic() - since, "whole")
         if not progress.states:
             self._note_state(0.0)
         share = self._share(folder, bundles)
@@ -282,7 +284,10 @@ class _Work:
             part = self._part(share, step)
             if step > progress.cuts:
                 self.files[1].unlink(missing_ok=True)  # of the step before, which is over
+                since = time.monotonic()
                 self._cut(channels, part)
+                left = f"{part:.0%} gone: {parameters_text(self.module)} are left"
+                self.watcher.stage("prune", time.monotonic() - since, left if structured else self._zeros_text())
                 progress.cuts = step
                 self._note_state(part)
                 self._keep()
@@ -295,13 +300,18 @@ class _Work:
         save_weights(self.module, output, {"pruned": self.pruning.method}, pruned=structured or was_pruned)
         states = [State(*each) for each in progress.states]
         if self.engines is not None:
-            bundles["after"] = folder / "after.cnncc"
+            bundles["after"], since = folder / "after.cnncc", time.monotonic()
             self.engines.build(self.module, bundles["after"])
             found = self.engines.compare(bundles)
+            said = f"{share:.0%} gone: {found['after'].seconds * 1e3:.3f} ms, {1 / found['after'].ratio[0]:.2f} ×"
+            self.watcher.stage("engine", time.monotonic() - since, said)
             states[0] = replace(states[0], engine=found["before"])
             states[-1] = replace(states[-1], engine=found["after"])
             self._check_latency(found["after"].seconds)
         return Pruned(tuple(states), self.data.task, progress.dense)
+
+    def _zeros_text(self) -> str:
+        return f"{zeros(self.module):.1%} of the weights of convolutions and linear layers are zero"
 
     def _part(self, share: float, step: int) -> float:
         """Return the share that is gone after a step."""
@@ -383,8 +393,10 @@ class _Work:
         for number in range(_SEARCH):
             share = high if number == 0 else (low + high) / 2
             if number == len(progress.tries):
+                since = time.monotonic()
                 progress.tries.append(self._try(folder / f"try-{number}.cnncc", share))
-                self.watcher.note(f"{share:.1%} of the channels: {progress.tries[number] * 1e3:.3f} ms")
+                said = f"{share:.1%} gone: {progress.tries[number] * 1e3:.3f} ms"
+                self.watcher.stage("engine", time.monotonic() - since, said)
                 self._keep()
             seconds = progress.tries[number]
             if seconds <= _SPARE * latency or (number == 0 and seconds <= latency):
@@ -406,6 +418,11 @@ class _Work:
         self._take(Channels(copied, self._examples()), copied, share)
         self.engines.build(copied, bundle)
         return self.engines.compare({"variant": bundle})["variant"].seconds
+
+
+def parameters_text(module: nn.Module) -> str:
+    """Return how many parameters a module has, in words."""
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,} parameters"
 
 
 def take_channels(

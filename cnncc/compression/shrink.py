@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,12 +35,12 @@ from cnncc.compression.checkpoint import tells_how_to_go_on
 from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.latency import Engines
 from cnncc.compression.pareto_plot import plot
-from cnncc.compression.prune import Pruning, take_channels
+from cnncc.compression.prune import Pruning, parameters_text, take_channels
 from cnncc.compression.qat import Teacher, Tuning, retraining
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import Task
 from cnncc.compression.train import Material, Opened, fit_to, open_material, trainable
-from cnncc.compression.training import Job, Watcher, evaluate
+from cnncc.compression.training import Job, StageWatcher, evaluate
 from cnncc.graph.feeds import random_feeds
 from cnncc_runtime.bundle import CALIBRATION, read_bundle
 from cnncc_runtime.digests import canonical_json, digest_json
@@ -57,9 +57,6 @@ _DIGITS = 4
 
 _GROWING = ("shares", "qat")
 """What of a plan may be another when a run goes on: it adds points, and changes none."""
-
-Told = Callable[[str, float | None, str], None]
-"""A stage's name, the seconds that it took (None where it was made before), and what came of it."""
 
 
 @dataclass(frozen=True)
@@ -214,10 +211,9 @@ def shrink(
     plan: Plan,
     recipe: Recipe,
     folder: Path,
-    watcher: Watcher,
+    watcher: StageWatcher,
     engines: Engines,
     *,
-    told: Told = lambda stage, seconds, detail: None,
     accelerator: str = "auto",
     workers: int = 0,
     fresh: bool = False,
@@ -231,9 +227,8 @@ def shrink(
         plan: How far it goes.
         recipe: Of the fine-tuning of each size.
         folder: Where everything lies; a run that was cut short goes on there.
-        watcher: Told how training goes.
+        watcher: Told how it goes.
         engines: Builds and measures.
-        told: Told of each stage that is over, once pruned or measured.
         accelerator: As `training.fit` has it.
         workers: As `training.fit` has it.
         fresh: Whether to begin anew where there is a run of other options.
@@ -261,7 +256,7 @@ def shrink(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state = _state(folder, identity, fresh=fresh)
-    work = _Work(module, data, plan, recipe, folder, watcher, engines, material, state, budget, told)
+    work = _Work(module, data, plan, recipe, folder, watcher, engines, material, state, budget)
     work.accelerator, work.workers = accelerator, workers
     work.teacher = Teacher(copy.deepcopy(module).eval(), model.digest)
     work.examples = tuple(torch.from_numpy(array) for array in random_feeds(model.inputs, batch=2).values())
@@ -312,12 +307,11 @@ class _Work:
     plan: Plan
     recipe: Recipe
     folder: Path
-    watcher: Watcher
+    watcher: StageWatcher
     engines: Engines
     material: Material
     state: _State
     budget: Budget
-    told: Told
     accelerator: str = "auto"
     workers: int = 0
     teacher: Teacher = field(init=False)
@@ -374,7 +368,7 @@ class _Work:
         take_channels(
             channels, made, part, self.plan.pruning, self.data, self.recipe.batch, self.state.costs[path.name]
         )
-        self.told("prune", time.monotonic() - since, f"{_gone(share)}: {_parameters(made):,} parameters are left")
+        self.watcher.stage("prune", time.monotonic() - since, f"{_gone(share)}: {parameters_text(made)} are left")
         job = Job(
             made,
             self.recipe,
@@ -419,7 +413,7 @@ class _Work:
         """
         for point in self.state.points:
             if (point.share, point.precision, point.qat) == (share, precision, qat):
-                self.told("engine", None, made_text(point))
+                self.watcher.stage("engine", None, made_text(point))
                 return point
         since = time.monotonic()
         bundle = self.folder / f"{share:.2f}-{precision}{f'-qat{qat}' if qat else ''}.cnncc"
@@ -442,7 +436,7 @@ class _Work:
         )
         self.state.points.append(made)
         write_state(self.folder, self.state)
-        self.told("engine", time.monotonic() - since, made_text(made))
+        self.watcher.stage("engine", time.monotonic() - since, made_text(made))
         return made
 
     def _retraining(self, share: float, epochs: int) -> Retraining:

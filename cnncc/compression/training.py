@@ -54,6 +54,13 @@ class Watcher(Protocol):
         """What the user did not ask for but should know."""
 
 
+class StageWatcher(Watcher, Protocol):
+    """Told how a chain goes that trainings are parts of."""
+
+    def stage(self, name: str, seconds: float | None, detail: str) -> None:
+        """Something other than training is over: the seconds that it took (None: made before), and what came of it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A training.

@@ -156,6 +156,8 @@ def classify(bundle: Path, device: Device) -> None:
 def main() -> None:
     """Run every act; whatever ends it, nothing stays behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # a script's background job would ignore Ctrl-C, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)

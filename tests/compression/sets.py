@@ -23,6 +23,7 @@ class Silence:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.epochs: list[dict[str, float]] = []
+        self.stages: list[tuple[str, str]] = []
         self.steps = 0
 
     def step(self, epoch: int, done: float) -> None:
@@ -30,6 +31,9 @@ class Silence:
 
     def epoch(self, number: int, facts: object) -> None:
         self.epochs.append(dict(facts))  # type: ignore[call-overload]
+
+    def stage(self, name: str, seconds: float | None, detail: str) -> None:
+        self.stages.append((name if seconds is not None else f"{name} reused", detail))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -30,20 +30,20 @@ class Killed(BaseException):
 
 
 class Cut(Silence):
-    """Ends a run after so many steps of training, or notes."""
+    """Ends a run after so many steps of training, or stages."""
 
-    def __init__(self, steps: int = 0, notes: int = 0) -> None:
+    def __init__(self, steps: int = 0, stages: int = 0) -> None:
         super().__init__()
-        self._last, self._noted = steps, notes
+        self._last, self._last_stage = steps, stages
 
     def step(self, epoch: int, done: float) -> None:
         super().step(epoch, done)
         if self.steps == self._last:
             raise Killed
 
-    def note(self, text: str) -> None:
-        super().note(text)
-        if len(self.notes) == self._noted:
+    def stage(self, name: str, seconds: float | None, detail: str) -> None:
+        super().stage(name, seconds, detail)
+        if len(self.stages) == self._last_stage:
             raise Killed
 
 
@@ -124,14 +124,14 @@ def test_a_search_goes_on_with_what_it_measured(place: Path) -> None:
     budget = Pruning(latency=before.seconds * 0.6, finetune=0, multiple=2, costs=False)
     whole = Silence()
     run("whole.safetensors", budget, whole, engines)
-    assert len(whole.notes) == 6
+    assert [name for name, _ in whole.stages] == ["engine"] * 7 + ["prune", "engine"], "the whole, six tries, the end"
     with pytest.raises(Killed):
-        run("cut.safetensors", budget, Cut(notes=3), engines)
+        run("cut.safetensors", budget, Cut(stages=4), engines)
     watcher = Silence()
     run("cut.safetensors", budget, watcher, engines)
-    # the note of the third engine came before it was kept
-    assert watcher.notes[0] == "goes on from cut.safetensors.checkpoint: engine 3 of the search"
-    assert watcher.notes[1:] == whole.notes[2:]
+    # what the third try took was told before it was kept
+    assert watcher.notes == ["goes on from cut.safetensors.checkpoint: engine 3 of the search"]
+    assert watcher.stages[1:-1] == whole.stages[3:-1]
     check_same_weights("whole.safetensors", "cut.safetensors")
 
 
