@@ -172,7 +172,7 @@ def prune(
     pruning.check()
     check_output(output)
     recipe = replace(recipe, epochs=max(1, pruning.finetune))
-    recipe.check()
+    replace(recipe, epochs=max(1, pruning.finetune // pruning.steps)).check()  # a step has these epochs, or one more
     if pruning.latency is not None and engines is None:
         raise UsageError("a budget of latency needs an engine that is measured", hint="add --target llvm")
     model, module = trainable(request)
@@ -291,9 +291,10 @@ class _Work:
                 progress.cuts = step
                 self._note_state(part)
                 self._keep()
-            if self.pruning.finetune and step > progress.tuned:
+            epochs = self._epochs(step)
+            if epochs and step > progress.tuned:
                 taught = Distillation(teacher, self.module, self.data.task, lessons) if lessons else None
-                self._finetune(step, taught)
+                self._finetune(step, epochs, taught)
                 progress.tuned = step
                 self._note_state(part)
                 self._keep()
@@ -316,6 +317,11 @@ class _Work:
     def _part(self, share: float, step: int) -> float:
         """Return the share that is gone after a step."""
         return share * step / self.pruning.steps
+
+    def _epochs(self, step: int) -> int:
+        """Return the epochs of fine-tuning of a step: over all steps they add up, and the last has its part."""
+        whole, steps = self.pruning.finetune, self.pruning.steps
+        return whole * step // steps - whole * (step - 1) // steps
 
     def _restore(self, channels: Channels | None, share: float) -> None:
         """Bring the model to where an earlier run left it."""
@@ -363,10 +369,10 @@ class _Work:
     def _take(self, channels: Channels, module: nn.Module, share: float) -> Worths:
         return take_channels(channels, module, share, self.pruning, self.data, self.recipe.batch, self.progress.costs)
 
-    def _finetune(self, step: int, objective: Objective | None) -> None:
+    def _finetune(self, step: int, epochs: int, objective: Objective | None) -> None:
         job = Job(
             self.module,
-            replace(self.recipe, epochs=max(1, round(self.pruning.finetune / self.pruning.steps))),
+            replace(self.recipe, epochs=epochs),
             self.data.task,
             self.data.train,
             self.data.validation,

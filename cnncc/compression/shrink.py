@@ -247,6 +247,8 @@ def shrink(
     assert data.validation is not None
     identity = {
         "model": model.digest,
+        **material.hooks,
+        "task": data.train.kind,
         "data": data.train.identity,
         "validation": data.validation.identity,
         "engines": f"{engines.target} {engines.profile}",

@@ -146,6 +146,7 @@ def fit(job: Job, watcher: Watcher) -> Trained:
 def circumstances(recipe: Recipe, train: Examples, validation: Examples | None) -> dict[str, str]:
     """Return what every training depends on beside its model, as a checkpoint is held against it."""
     return {
+        "task": train.kind,
         "data": train.identity,
         "validation": validation.identity if validation else "none",
         **{name: str(value) for name, value in vars(recipe).items()},

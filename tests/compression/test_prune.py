@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,22 @@ def test_a_pruning_that_was_killed_ends_with_the_same_weights(
     check_same_weights("whole.safetensors", "cut.safetensors")
     assert (again.states, again.dense) == (whole.states, whole.dense)
     assert not list(place.glob("*.checkpoint"))
+
+
+@pytest.mark.parametrize(("finetune", "steps", "expected"), [(5, 2, [2, 3]), (1, 2, [1]), (2, 3, [1, 1]), (0, 2, [])])
+def test_epochs_of_the_steps_add_up(place: Path, finetune: int, steps: int, expected: list[int]) -> None:
+    watcher = Silence()
+    pruned = run("small.safetensors", replace(CHANNELS, finetune=finetune, steps=steps), watcher)
+    assert len(watcher.epochs) == finetune
+    ends = [number for number, fact in enumerate(watcher.epochs, 1) if fact["rate"] == 0]
+    assert ends == list(itertools.accumulate(expected)), "a cosine ends with each step"
+    assert len(pruned.states) == 1 + steps + len(expected)
+
+
+def test_a_warm_up_that_no_step_has_room_for_is_refused_before_any_work(place: Path) -> None:
+    with pytest.raises(UsageError, match="a warm-up of 2 epochs"):
+        run("small.safetensors", CHANNELS, Silence(), recipe=replace(RECIPE, warmup=2.0))
+    assert not list(place.glob("small*"))
 
 
 def test_channels_are_chosen_by_what_was_measured_before_the_kill(place: Path) -> None:
