@@ -6,6 +6,7 @@ A file of ``torch.save`` that holds tensors and plain data alone, and is read as
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -116,8 +117,10 @@ def write_checkpoint(checkpoint: Kept, path: Path) -> None:
     Raises:
         StorageFailed: The disk is full, or the folder cannot be written.
     """
+    data = io.BytesIO()  # on a full disk, torch.save says RuntimeError, and of another thing
+    torch.save({"form": checkpoint.FORM, **vars(checkpoint)}, data)
     with atomic_file(path) as partial:
-        torch.save({"form": checkpoint.FORM, **vars(checkpoint)}, partial)
+        partial.write_bytes(data.getbuffer())
 
 
 def read_checkpoint(kind: type[K], path: Path, identity: dict[str, str]) -> K | None:

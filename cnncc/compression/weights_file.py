@@ -54,7 +54,7 @@ def save_weights(
     Raises:
         StorageFailed: It cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     seen: set[tuple[int, Any]] = set()
     state: dict[str, torch.Tensor] = {}
@@ -66,4 +66,4 @@ def save_weights(
         state[name] = tensor.detach().cpu().contiguous()
     header = {"cnncc": cnncc.__version__, **(notes or {}), **({HEADER: "channels"} if pruned else {})}
     with atomic_file(path) as partial:
-        save_file(state, partial, header)
+        partial.write_bytes(save(state, header))  # save_file has an error of its own for a full disk

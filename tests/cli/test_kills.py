@@ -1,17 +1,19 @@
-"""Kills and Ctrl-C in the middle of an epoch, in a process of their own: nothing half-written, and the run goes on."""
+"""Kills and Ctrl-C in the middle of an epoch, and full disks: nothing is half-written, and the run goes on."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.cli.harness import Outcome, finish, start
-from tests.cli.test_faults import CODES, DEFAULT_SIGINT
+from tests.cli.test_faults import CODES, DEFAULT_SIGINT, check_refused_for_space, file_limit, small_disk
 from tests.compression.sets import bars, check_same_weights
 
 pytestmark = pytest.mark.slow
@@ -135,3 +137,33 @@ def test_a_shrinking_goes_on_after_a_kill_and_after_ctrl_c(place: Path) -> None:
     missed = run(*command("cut")[:-4], "--max-accuracy-drop", "0", "--latency", "1us", "-o", "cut", code=1)
     assert "no variant holds to 0.001 ms, 0 points lost; nearest is" in missed.stderr
     assert "cut/0." in missed.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "left"),
+    [("train", ("--epochs", "1"), []), ("prune", ("--amount", "0.5"), ["w.safetensors.checkpoint"])],
+    ids=["train", "prune"],
+)
+def test_a_checkpoint_on_a_full_disk_is_refused_and_leaves_no_part_of_it(
+    place: Path, command: str, more: tuple[str, ...], left: list[str]
+) -> None:
+    """That of a pruning has room, and stays; that of its fine-tuning has not."""
+    disk = place / "disk"
+    with small_disk(disk, 16 << 10) as prefix:
+        told = finish(
+            start(command, "nets.py:large", *DATA, *more, "-o", disk / "w.safetensors", prefix=prefix), code=None
+        )
+        check_refused_for_space(told)
+        assert [path.name for path in disk.iterdir()] == left
+
+
+def test_weights_on_a_full_disk_are_refused_and_leave_nothing(place: Path) -> None:
+    script = (
+        "from pathlib import Path; import nets; from cnncc.compression.weights_file import save_weights; "
+        "from cnncc_runtime.errors import StorageFailed\n"
+        "try: save_weights(nets.large(), Path('w.safetensors'))\n"
+        "except StorageFailed as exc: print(exc.message)"
+    )
+    done = subprocess.run([*file_limit(4096), sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "file too large" in done.stdout
+    assert not list(place.glob("w.*")), "nor a part of it"
