@@ -106,6 +106,11 @@ class Channels:
         """Units that there were before anything was pruned."""
         return sum(self._first.values())
 
+    @property
+    def left(self) -> int:
+        """Units that there are."""
+        return sum(bundle.units for bundle in self.bundles())
+
     def prune(
         self,
         share: float,

@@ -286,6 +286,12 @@ class _Work:
                 self.files[1].unlink(missing_ok=True)  # of the step before, which is over
                 since = time.monotonic()
                 self._cut(channels, part)
+                if channels is not None and step == self.pruning.steps and channels.left == channels.total:
+                    self.files[0].unlink(missing_ok=True)  # nothing goes on from it
+                    raise UsageError(
+                        f"{share:.1%} of {channels.total} channels are none: they go by {self.pruning.multiple}",
+                        hint="more --amount, or a smaller --multiple",
+                    )
                 left = f"{part:.0%} gone: {parameters_text(self.module)} are left"
                 self.watcher.stage("prune", time.monotonic() - since, left if structured else self._zeros_text())
                 progress.cuts = step

@@ -109,6 +109,13 @@ def test_epochs_of_the_steps_add_up(place: Path, finetune: int, steps: int, expe
     assert len(pruned.states) == 1 + steps + len(expected)
 
 
+@pytest.mark.parametrize("pruning", [replace(CHANNELS, amount=0.01, steps=1), replace(CHANNELS, multiple=64)])
+def test_a_share_that_takes_no_channel_is_refused(place: Path, pruning: Pruning) -> None:
+    with pytest.raises(UsageError, match="of 40 channels are none: they go by"):
+        run("small.safetensors", replace(pruning, finetune=0), Silence())
+    assert not list(place.glob("small*"))
+
+
 def test_a_warm_up_that_no_step_has_room_for_is_refused_before_any_work(place: Path) -> None:
     with pytest.raises(UsageError, match="a warm-up of 2 epochs"):
         run("small.safetensors", CHANNELS, Silence(), recipe=replace(RECIPE, warmup=2.0))
