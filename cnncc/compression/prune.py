@@ -292,7 +292,7 @@ class _Work:
                         f"{share:.1%} of {channels.total} channels are none: they go by {self.pruning.multiple}",
                         hint="more --amount, or a smaller --multiple",
                     )
-                left = f"{part:.0%} gone: {parameters_text(self.module)} are left"
+                left = f"{part:.0%} gone: {count_parameters(self.module):,} parameters are left"
                 self.watcher.stage("prune", time.monotonic() - since, left if structured else self._zeros_text())
                 progress.cuts = step
                 self._note_state(part)
@@ -357,8 +357,7 @@ class _Work:
         metric = float("nan")
         if self.data.validation is not None:
             metric = evaluate(self.module, self.data.task, self.data.validation)
-        count = sum(parameter.numel() for parameter in self.module.parameters())
-        self.progress.states.append((share, count, zeros(self.module), metric))
+        self.progress.states.append((share, count_parameters(self.module), zeros(self.module), metric))
 
     def _cut(self, channels: Channels | None, share: float) -> None:
         """Take away until a share is gone."""
@@ -432,9 +431,9 @@ class _Work:
         return self.engines.compare({"variant": bundle})["variant"].seconds
 
 
-def parameters_text(module: nn.Module) -> str:
-    """Return how many parameters a module has, in words."""
-    return f"{sum(parameter.numel() for parameter in module.parameters()):,} parameters"
+def count_parameters(module: nn.Module) -> int:
+    """Return how many parameters a module has, zeros included."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def take_channels(

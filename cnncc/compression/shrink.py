@@ -35,7 +35,7 @@ from cnncc.compression.checkpoint import tells_how_to_go_on
 from cnncc.compression.distil import Distillation, Lessons
 from cnncc.compression.latency import Engines
 from cnncc.compression.pareto_plot import plot
-from cnncc.compression.prune import Pruning, parameters_text, take_channels
+from cnncc.compression.prune import Pruning, count_parameters, take_channels
 from cnncc.compression.qat import Teacher, Tuning, retraining
 from cnncc.compression.recipe import Recipe
 from cnncc.compression.task import Task
@@ -370,7 +370,9 @@ class _Work:
         take_channels(
             channels, made, part, self.plan.pruning, self.data, self.recipe.batch, self.state.costs[path.name]
         )
-        self.watcher.stage("prune", time.monotonic() - since, f"{_gone(share)}: {parameters_text(made)} are left")
+        self.watcher.stage(
+            "prune", time.monotonic() - since, f"{_gone(share)}: {count_parameters(made):,} parameters are left"
+        )
         job = Job(
             made,
             self.recipe,
@@ -415,7 +417,7 @@ class _Work:
         """
         for point in self.state.points:
             if (point.share, point.precision, point.qat) == (share, precision, qat):
-                self.watcher.stage("engine", None, made_text(point))
+                self.watcher.stage("engine", None, _taken(point))
                 return point
         since = time.monotonic()
         bundle = self.folder / f"{share:.2f}-{precision}{f'-qat{qat}' if qat else ''}.cnncc"
@@ -431,14 +433,14 @@ class _Work:
             found.ratio[0] * self.state.points[0].seconds if self.state.points else found.seconds,
             found.ratio,
             found.size,
-            _parameters(module),
+            count_parameters(module),
             f"{share:.2f}.safetensors" if share else "",
             bundle.name,
             qat,
         )
         self.state.points.append(made)
         write_state(self.folder, self.state)
-        self.watcher.stage("engine", time.monotonic() - since, made_text(made))
+        self.watcher.stage("engine", time.monotonic() - since, _taken(made))
         return made
 
     def _retraining(self, share: float, epochs: int) -> Retraining:
@@ -471,18 +473,14 @@ class _Work:
             raise UsageError(
                 "int8 is judged by top-1 or mIoU, which this task has not", hint="--precisions fp32 leaves int8 out"
             )
-        return table.accuracy.int8 / 100
+        return round(table.accuracy.int8 / 100, 6)  # as `evaluate` rounds: ties are ties
 
 
 def _gone(share: float) -> str:
     return f"{share:.0%} gone" if share else "whole"
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def made_text(point: Point) -> str:
+def _taken(point: Point) -> str:
     """Return what an engine takes, in a few words."""
     return f"{point.name}, {point.form}: {point.seconds * 1e3:.3f} ms, {1 / point.ratio[0]:.2f} ×"
 
